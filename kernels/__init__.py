@@ -1,0 +1,1 @@
+"""Triton kernels, one per file; `ops` registers them. Import as `triton_only_backend.kernels`."""

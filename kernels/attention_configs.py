@@ -1,0 +1,302 @@
+"""Which attention kernel runs a problem, and with which blocks: pure functions of plain integers.
+
+Each `select_*` function takes the first candidate whose tiles fit the shared memory; the order of
+the candidates is the order of preference. Registers are not modelled: the candidates are those
+that compile without spills for the head dimensions that they are listed for (head dimension 128,
+bf16, sm90: tests/test_attention_configs.py prints registers, spills and shared memory).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from triton_only_backend.kernels.hardware import Hardware
+
+# More packed query rows than this are left to the kernel that tiles the queries.
+MAX_DECODE_ROWS = 64
+# A split shorter than this costs more to launch and combine than it saves.
+MIN_SPLIT_KEYS = 128
+# Bounds the workspace and the work of the combining kernel.
+MAX_SPLITS = 128
+
+
+@dataclass(frozen=True)
+class AttentionProblem:
+    """The sizes of one attention call: query (batch, num_heads, len_q, head_dim) and so on."""
+
+    batch: int
+    num_heads: int
+    num_kv_heads: int
+    len_q: int
+    len_kv: int
+    head_dim: int
+    head_dim_v: int
+    element_size: int
+    is_causal: bool
+    has_mask: bool
+
+    @property
+    def group_size(self) -> int:
+        """Query heads that share a KV head."""
+        return self.num_heads // self.num_kv_heads
+
+    @property
+    def block_d(self) -> int:
+        """The width of query and key tiles."""
+        return max(16, next_power_of_2(self.head_dim))
+
+    @property
+    def block_dv(self) -> int:
+        """The width of value tiles."""
+        return max(16, next_power_of_2(self.head_dim_v))
+
+
+@dataclass(frozen=True)
+class FlashConfig:
+    """Blocks of `flash_attention`; `tma`: keys and values come by the tensor memory accelerator.
+
+    Where a layout does not suit it, the launch takes `without_tma(config)`.
+    """
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    tma: bool = False
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """Blocks of `decode_attention`; `block_g` rows are packed, `combine_rows` rows a combine."""
+
+    block_n: int
+    num_splits: int
+    num_warps: int
+    num_stages: int
+    block_g: int
+    combine_rows: int = 1
+
+
+@dataclass(frozen=True)
+class BackwardConfig:
+    """Blocks of `flash_attention_backward`.
+
+    The kernel for key and value gradients holds `block_n1` keys and walks the queries by
+    `block_m1`; the kernel for query gradients holds `block_m2` queries and walks the keys by
+    `block_n2`. `block_delta` rows a program for the sums of out * grad_out.
+    """
+
+    block_m1: int
+    block_n1: int
+    block_m2: int
+    block_n2: int
+    num_warps: int
+    num_stages: int
+    tma: bool = False
+    block_delta: int = 16
+
+
+def next_power_of_2(number: int) -> int:
+    """The smallest power of two that is not below `number`."""
+    return 1 << max(0, number - 1).bit_length()
+
+
+def without_tma(config: FlashConfig) -> FlashConfig:
+    """The same kernel with pointer loads, whose addresses cost about 50 registers a thread.
+
+    128 x 128 with head dimension 128 spilled 128 bytes with pointers and none with descriptors
+    (triton 3.7.1, sm90, causal), hence the smaller key tile.
+    """
+    return replace(config, tma=False, block_n=min(config.block_n, 64))
+
+
+def uses_decode_kernel(problem: AttentionProblem) -> bool:
+    """Whether `decode_attention` runs the problem: few packed query rows, more keys than queries."""
+    rows = problem.len_q * problem.group_size
+    return rows <= MAX_DECODE_ROWS and (rows <= 16 or problem.len_kv >= 4 * problem.len_q)
+
+
+def flash_shared_memory(problem: AttentionProblem, config: FlashConfig, hardware: Hardware) -> int:
+    """An upper bound for the shared memory of `flash_attention`, in bytes.
+
+    The stages of keys and values, a tile in which a mask changes its layout and, but for AMD, where
+    the query stays in registers and a stage less is buffered, the query tile.
+    """
+    keys_values = config.block_n * (problem.block_d + problem.block_dv)
+    mask = config.block_m * config.block_n if problem.has_mask else 0
+    if hardware.backend == "hip":
+        return (max(1, config.num_stages - 1) * keys_values + mask) * problem.element_size
+    query = config.block_m * problem.block_d
+    return (query + config.num_stages * keys_values + mask) * problem.element_size + 1024
+
+
+def flash_candidates(problem: AttentionProblem, hardware: Hardware) -> tuple[FlashConfig, ...]:
+    """Configurations of `flash_attention` that fit the hardware, the preferred one first."""
+    if hardware.is_interpreter:
+        block_m = min(128, max(16, next_power_of_2(problem.len_q)))
+        block_n = min(256, max(16, next_power_of_2(problem.len_kv)))
+        return (FlashConfig(block_m, block_n, 4, 1),)
+    candidates = _flash_preferences(problem, hardware)
+    fitting = tuple(
+        config
+        for config in candidates
+        if flash_shared_memory(problem, config, hardware) <= hardware.shared_memory
+    )
+    return fitting or candidates[-1:]
+
+
+def select_flash_config(problem: AttentionProblem, hardware: Hardware) -> FlashConfig:
+    """The configuration of `flash_attention` for a problem."""
+    return flash_candidates(problem, hardware)[0]
+
+
+def _flash_preferences(problem: AttentionProblem, hardware: Hardware) -> tuple[FlashConfig, ...]:
+    width = max(problem.block_d, problem.block_dv)
+    if problem.element_size == 4:
+        return _flash_preferences_fp32(width, hardware)
+    if hardware.backend == "hip":
+        if width <= 64:
+            return (FlashConfig(128, 64, 4, 2), FlashConfig(64, 32, 4, 2))
+        if width <= 128:
+            return (FlashConfig(128, 32, 4, 2), FlashConfig(64, 32, 4, 2))
+        return (FlashConfig(64, 16, 4, 2), FlashConfig(32, 16, 4, 1))
+    if hardware.has_wgmma:
+        return _flash_preferences_hopper(problem, hardware, width)
+    if width <= 64:
+        return (FlashConfig(128, 64, 8, 3), FlashConfig(128, 32, 8, 2))
+    if width <= 128:
+        wide = () if problem.has_mask else (FlashConfig(128, 64, 8, 2),)
+        return (*wide, FlashConfig(128, 32, 8, 3), FlashConfig(128, 32, 8, 2))
+    return (FlashConfig(64, 32, 8, 2), FlashConfig(32, 32, 8, 2), FlashConfig(32, 16, 4, 1))
+
+
+def _flash_preferences_hopper(
+    problem: AttentionProblem, hardware: Hardware, width: int
+) -> tuple[FlashConfig, ...]:
+    tiles = -(-problem.len_q // 128) * problem.batch * problem.num_heads
+    half = FlashConfig(64, 64, 4, 3, tma=True)
+    if width > 128:
+        if problem.has_mask or tiles < hardware.num_sms:
+            return (FlashConfig(64, 64, 8, 2, tma=True),)
+        return (FlashConfig(128, 64, 8, 2, tma=True), FlashConfig(64, 64, 8, 2, tma=True))
+    if tiles < hardware.num_sms or problem.len_q <= 64:
+        # Half the rows a program: twice the programs, two of them on a multiprocessor.
+        return (half,)
+    if problem.has_mask:
+        # The tile of the mask takes the registers that a key tile of 128 would need.
+        return (FlashConfig(128, 64, 8, 2, tma=True), half)
+    stages = 3 if width <= 64 else 2
+    return (
+        FlashConfig(128, 128, 8, stages, tma=True),
+        FlashConfig(128, 64, 8, 3, tma=True),
+        half,
+    )
+
+
+def _flash_preferences_fp32(width: int, hardware: Hardware) -> tuple[FlashConfig, ...]:
+    small = FlashConfig(32, 16, 8, 2)
+    if width <= 64:
+        return (FlashConfig(64, 32, 8, 2), small)
+    if width <= 128:
+        wide = () if hardware.backend == "hip" else (FlashConfig(32, 64, 8, 2),)
+        return (*wide, FlashConfig(32, 32, 8, 2), small)
+    wide = () if hardware.backend == "hip" else (FlashConfig(32, 32, 8, 2),)
+    return (*wide, small, FlashConfig(16, 16, 4, 1))
+
+
+def select_decode_config(problem: AttentionProblem, hardware: Hardware) -> DecodeConfig:
+    """The configuration of `decode_attention` for a problem.
+
+    The number of splits follows from the sizes alone, so that a captured CUDA graph stays right.
+    """
+    rows = max(1, problem.len_q * problem.group_size)
+    width = max(problem.block_d, problem.block_dv)
+    # More rows than these spill registers (sm90: 176 bytes in fp32, 256 at head dimension 256).
+    most_rows = 16 if problem.element_size == 4 else MAX_DECODE_ROWS if width <= 128 else 32
+    block_g = min(MAX_DECODE_ROWS, max(16, next_power_of_2(rows)))
+    if hardware.is_interpreter:
+        block_n = min(256, max(16, next_power_of_2(problem.len_kv)))
+        return DecodeConfig(block_n, 1, 4, 1, block_g, combine_rows=64)
+    block_g = min(block_g, most_rows)
+    num_warps = 8 if block_g * width > 32 * 128 or problem.element_size == 4 else 4
+    programs = problem.batch * problem.num_kv_heads * -(-rows // block_g)
+    wanted = -(-2 * hardware.num_sms // max(1, programs))
+    num_splits = max(1, min(wanted, MAX_SPLITS, problem.len_kv // MIN_SPLIT_KEYS))
+    for block_n, num_stages in ((64, 3), (64, 2), (32, 3), (32, 2), (32, 1), (16, 1)):
+        config = DecodeConfig(block_n, num_splits, num_warps, num_stages, block_g)
+        if decode_shared_memory(problem, config, hardware) <= hardware.shared_memory:
+            return config
+    return config
+
+
+def decode_shared_memory(
+    problem: AttentionProblem, config: DecodeConfig, hardware: Hardware
+) -> int:
+    """An upper bound for the shared memory of `decode_attention`, in bytes."""
+    flash = FlashConfig(config.block_g, config.block_n, config.num_warps, config.num_stages)
+    return flash_shared_memory(problem, flash, hardware)
+
+
+def select_backward_config(problem: AttentionProblem, hardware: Hardware) -> BackwardConfig:
+    """The configuration of `flash_attention_backward` for a problem."""
+    if hardware.is_interpreter:
+        block_m = min(128, max(16, next_power_of_2(problem.len_q)))
+        block_n = min(128, max(16, next_power_of_2(problem.len_kv)))
+        return BackwardConfig(block_m, block_n, block_m, block_n, 4, 1, block_delta=256)
+    candidates = _backward_preferences(problem, hardware)
+    for config in candidates:
+        if backward_shared_memory(problem, config) <= hardware.shared_memory:
+            return config
+    return candidates[-1]
+
+
+def backward_without_tma(config: BackwardConfig) -> BackwardConfig:
+    """The same kernels with pointer loads: smaller tiles, as for `without_tma`."""
+    return replace(
+        config,
+        tma=False,
+        block_m1=min(config.block_m1, 32),
+        block_n1=min(config.block_n1, 64),
+        block_n2=min(config.block_n2, 64),
+    )
+
+
+def backward_shared_memory(problem: AttentionProblem, config: BackwardConfig) -> int:
+    """An upper bound for the shared memory of either kernel: tiles held, staged and exchanged."""
+    width = problem.block_d + problem.block_dv
+    by_keys = (config.block_n1 + config.num_stages * config.block_m1) * width
+    by_keys += config.block_n1 * config.block_m1
+    by_queries = (config.block_m2 + config.num_stages * config.block_n2) * width
+    by_queries += config.block_m2 * config.block_n2
+    return max(by_keys, by_queries) * problem.element_size + 1024
+
+
+def _backward_preferences(
+    problem: AttentionProblem, hardware: Hardware
+) -> tuple[BackwardConfig, ...]:
+    width = max(problem.block_d, problem.block_dv)
+    last = BackwardConfig(16, 16, 16, 16, 4, 1)
+    if problem.element_size == 4:
+        if width <= 64:
+            return (BackwardConfig(32, 32, 32, 32, 8, 2), last)
+        if width <= 128:
+            return (
+                BackwardConfig(16, 32, 32, 16, 8, 2),
+                BackwardConfig(16, 32, 32, 16, 8, 1),
+                last,
+            )
+        return (BackwardConfig(16, 16, 16, 16, 8, 2), BackwardConfig(16, 16, 16, 16, 8, 1), last)
+    if hardware.has_wgmma:
+        if width <= 64:
+            block_n2 = 64 if problem.has_mask else 128
+            return (BackwardConfig(64, 128, 128, block_n2, 8, 2, tma=True), last)
+        if width <= 128:
+            return (BackwardConfig(32, 128, 128, 64, 8, 2, tma=True), last)
+        return (BackwardConfig(32, 64, 64, 32, 8, 2, tma=True), last)
+    if width <= 64:
+        return (BackwardConfig(32, 128, 128, 32, 8, 2), BackwardConfig(32, 64, 64, 32, 4, 1), last)
+    if width <= 128:
+        return (BackwardConfig(32, 64, 64, 32, 8, 2), BackwardConfig(16, 64, 64, 16, 8, 1), last)
+    return (BackwardConfig(16, 64, 64, 16, 8, 1), BackwardConfig(16, 32, 32, 16, 4, 1), last)

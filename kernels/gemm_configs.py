@@ -1,0 +1,218 @@
+"""Which GEMM kernel, tile sizes and work decomposition for a problem: pure functions of integers."""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from triton_only_backend.kernels.hardware import Hardware
+
+GEMV_MAX_ROWS = 2
+SKINNY_MAX_ROWS = 64
+
+
+@dataclass(frozen=True)
+class GemmProblem:
+    """A batched product (batch, M, K) @ (batch, K, N).
+
+    Attributes:
+        element_size: bytes of an operand's element.
+        ieee: fp32 operands multiplied exactly, without the tensor cores.
+        a_k_contiguous: a's K stride is 1 (row-major a).
+        b_k_contiguous: b's K stride is 1 (an `nn.Linear` weight, transposed).
+    """
+
+    batch: int
+    M: int
+    N: int
+    K: int
+    element_size: int
+    ieee: bool
+    a_k_contiguous: bool
+    b_k_contiguous: bool
+
+    @property
+    def transposed(self) -> GemmProblem:
+        """The same product seen as bᵀ @ aᵀ."""
+        return replace(
+            self,
+            M=self.N,
+            N=self.M,
+            a_k_contiguous=self.b_k_contiguous,
+            b_k_contiguous=self.a_k_contiguous,
+        )
+
+
+@dataclass(frozen=True)
+class GemmConfig:
+    """How a product is computed.
+
+    Attributes:
+        kernel: "gemm" (tiles on the tensor cores) or "gemv" (multiply and reduce, M ≤ 2).
+        swap_operands: compute outᵀ = bᵀ @ aᵀ; block_m and block_n then refer to outᵀ.
+        reduce_block: elements a program of the split-K reduction sums.
+    """
+
+    kernel: Literal["gemm", "gemv"]
+    block_m: int
+    block_n: int
+    block_k: int
+    split_k: int
+    group_m: int
+    num_warps: int
+    num_stages: int
+    swap_operands: bool = False
+    reduce_block: int = 512
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is at least n."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def bucket(n: int) -> int:
+    """Rounds a size up so that nearby sizes share a configuration (and its compiled kernel)."""
+    return next_power_of_2(n) if n <= 64 else math.ceil(n / 64) * 64
+
+
+@functools.lru_cache(maxsize=4096)
+def select_config(problem: GemmProblem, hardware: Hardware) -> GemmConfig:
+    """The configuration the heuristic chooses."""
+    if hardware.is_interpreter:
+        return _interpreted(problem)
+    if problem.M <= GEMV_MAX_ROWS and problem.M <= problem.N:
+        return _gemv(problem, hardware, swap=False)
+    if problem.N <= GEMV_MAX_ROWS:
+        return _gemv(problem.transposed, hardware, swap=True)
+    if problem.ieee:
+        return _ieee(problem, hardware)
+    if problem.M <= SKINNY_MAX_ROWS and problem.M <= problem.N:
+        return _skinny(problem.transposed, hardware, swap=True)
+    if problem.N <= SKINNY_MAX_ROWS:
+        return _skinny(problem, hardware, swap=False)
+    return _large(problem, hardware)
+
+
+def _interpreted(problem: GemmProblem) -> GemmConfig:
+    # The interpreter's cost is per program and operation: one block for all, memory permitting.
+    block_m = min(max(next_power_of_2(problem.M), 16), 256)
+    block_n = min(max(next_power_of_2(problem.N), 16), 512)
+    block_k = min(max(next_power_of_2(problem.K), 16), 1024)
+    return GemmConfig("gemm", block_m, block_n, block_k, 1, 1, 4, 1, reduce_block=65536)
+
+
+def split_k_for(blocks: int, k_iterations: int, target_blocks: int, minimum: int = 4) -> int:
+    """The smallest power-of-two split that fills `target_blocks`, each with ≥ minimum iterations."""
+    split_k = 1
+    while blocks * split_k < target_blocks and k_iterations // (split_k * 2) >= minimum:
+        split_k *= 2
+    return split_k
+
+
+def _gemv(problem: GemmProblem, hardware: Hardware, *, swap: bool) -> GemmConfig:
+    """Measured on an H200, bf16, M = 1 and 2: 16 columns of 256 are level or best for N ≥ 4096."""
+    if not problem.b_k_contiguous:
+        block_n, block_k = 256 // problem.element_size, 64
+    elif problem.batch * problem.N >= 16 * hardware.num_sms:
+        block_n, block_k = 16, 512 // problem.element_size
+    else:
+        # Too few columns to fill the GPU with 16 each: N = 1024 takes 4.9 µs with 4, 6.3 with 16.
+        block_n, block_k = 4, 2048 // problem.element_size
+    block_k = min(block_k, max(next_power_of_2(problem.K), 32))
+    blocks = problem.batch * math.ceil(problem.N / block_n)
+    split_k = split_k_for(blocks, problem.K // block_k, hardware.num_sms)
+    return GemmConfig("gemv", 1, block_n, block_k, split_k, 1, 4, 4, swap)
+
+
+def _skinny(problem: GemmProblem, hardware: Hardware, *, swap: bool) -> GemmConfig:
+    """The problem comes with its long side as M: the weight's rows on the tensor cores' M side.
+
+    Measured on an H200, bf16: 64 rows of the weight × 128 of K, 5 stages deep; 128 rows once there
+    are three blocks a multiprocessor. Splitting K pays only where less than half of the
+    multiprocessors would work, or where K is long enough to hide the reduction's launch.
+    """
+    block_n = max(next_power_of_2(problem.N), 16)
+    block_m = 128 if problem.batch * problem.M >= 3 * 64 * hardware.num_sms else 64
+    block_k = min(256 // problem.element_size, max(next_power_of_2(problem.K), 16))
+    blocks = problem.batch * math.ceil(problem.M / block_m)
+    k_iterations = math.ceil(problem.K / block_k)
+    target = 2 * hardware.num_sms if k_iterations >= 64 else hardware.num_sms // 2
+    split_k = split_k_for(blocks, k_iterations, target)
+    resident = 1 if blocks * split_k <= hardware.num_sms else 2
+    stages = fit_stages(
+        hardware, block_m, block_n, block_k, problem.element_size, most=5, blocks=resident
+    )
+    return GemmConfig("gemm", block_m, block_n, block_k, split_k, 8, 4, max(stages, 2), swap)
+
+
+def _ieee(problem: GemmProblem, hardware: Hardware) -> GemmConfig:
+    # No tensor cores: fused multiply-adds, register-bound; 64 × 64 keeps 4 warps free of spills.
+    block_m = min(64, max(next_power_of_2(problem.M), 16))
+    block_n = min(64, max(next_power_of_2(problem.N), 16))
+    blocks = problem.batch * math.ceil(problem.M / block_m) * math.ceil(problem.N / block_n)
+    split_k = split_k_for(blocks, math.ceil(problem.K / 32), hardware.num_sms)
+    stages = fit_stages(hardware, block_m, block_n, 32, 4, most=3, blocks=1)
+    return GemmConfig("gemm", block_m, block_n, 32, split_k, 8, 4, stages)
+
+
+def fit_stages(
+    hardware: Hardware,
+    block_m: int,
+    block_n: int,
+    block_k: int,
+    element_size: int,
+    *,
+    most: int,
+    blocks: int,
+) -> int:
+    """The deepest pipeline for which `blocks` blocks fit into one multiprocessor's shared memory."""
+    stage = (block_m + block_n) * block_k * element_size
+    return max(1, min(most, (hardware.shared_memory // blocks - 1024) // stage))
+
+
+# Tile, warps, blocks that share a multiprocessor, relative speed of the tensor cores on it.
+_LARGE_TILES = (
+    (128, 256, 8, 1, 1.00),
+    (256, 128, 8, 1, 0.95),
+    (128, 128, 8, 1, 0.85),
+    (128, 64, 4, 2, 0.75),
+    (64, 128, 4, 2, 0.75),
+    (64, 64, 4, 2, 0.55),
+)
+
+
+def _large(problem: GemmProblem, hardware: Hardware) -> GemmConfig:
+    """The tile and split with the least time by a small model: waves × work of a tile + reduction."""
+    best: tuple[float, GemmConfig] | None = None
+    block_k = 128 // problem.element_size
+    for block_m, block_n, warps, resident, speed in _LARGE_TILES:
+        stages = fit_stages(
+            hardware, block_m, block_n, block_k, problem.element_size, most=4, blocks=resident
+        )
+        stage_bytes = (block_m + block_n) * block_k * problem.element_size
+        if stages < 2 or stages * stage_bytes > hardware.shared_memory:
+            continue
+        tiles = math.ceil(problem.M / block_m) * math.ceil(problem.N / block_n) * problem.batch
+        k_iterations = math.ceil(problem.K / block_k)
+        for split_k in (1, 2, 4, 8):
+            if split_k > 1 and k_iterations // split_k < 8:
+                break
+            waves = math.ceil(tiles * split_k / (hardware.num_sms * resident)) * resident
+            # In units of one 128 × 256 × block_k step of one multiprocessor (≈ 0.75 µs on an H200).
+            work = waves * math.ceil(k_iterations / split_k) * block_m * block_n / 32768 / speed
+            reduce = 0.0
+            if split_k > 1:
+                bytes_moved = problem.batch * problem.M * problem.N * 4 * 2 * split_k
+                reduce = 5.0 + bytes_moved / (hardware.num_sms * 20_000)
+            cost = work + waves * 2.0 + reduce
+            config = GemmConfig(
+                "gemm", block_m, block_n, block_k, split_k, 8, warps, stages
+            )  # fmt: skip
+            if best is None or cost < best[0]:
+                best = (cost, config)
+    if best is None:
+        return GemmConfig("gemm", 32, 32, 32, 1, 8, 4, 2)
+    return best[1]

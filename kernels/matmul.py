@@ -1,0 +1,87 @@
+"""The one way from a product's tensors to a kernel: describe the problem, choose, launch."""
+
+from __future__ import annotations
+
+import torch
+
+from triton_only_backend.errors import UnsupportedProblemError
+from triton_only_backend.kernels import hardware
+from triton_only_backend.kernels.gemm import gemm
+from triton_only_backend.kernels.gemm_configs import GemmProblem, bucket, select_config
+from triton_only_backend.kernels.gemv import gemv
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def float32_precision(device: torch.device) -> str:
+    """How fp32 operands are multiplied: "ieee", or "tf32" where the user allowed it.
+
+    Follows `torch.set_float32_matmul_precision`, as cuBLAS does.
+    """
+    if device.type != "cuda":
+        return "ieee"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+def check_operands(op: str, *operands: torch.Tensor) -> None:
+    """Refuses what the kernels do not multiply.
+
+    Raises:
+        UnsupportedProblemError: naming the op, the dtypes and shapes, and a remedy.
+    """
+    dtypes = {t.dtype for t in operands}
+    if len(dtypes) == 1 and dtypes <= set(DTYPES):
+        return
+    described = ", ".join(f"{t.dtype}{list(t.shape)}" for t in operands)
+    raise UnsupportedProblemError(
+        f"triton_only.{op}: operands {described} are not supported; "
+        "cast them to one of float16, bfloat16 or float32"
+    )
+
+
+def matmul(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    *,
+    alpha: float = 1.0,
+    beta: float = 1.0,
+) -> None:
+    """Writes alpha · a @ b + beta · bias to `out`.
+
+    Args:
+        a: (B, M, K), fp16, bf16 or fp32, any strides.
+        b: (B, K, N), a's dtype, any strides.
+        bias: broadcastable to (B, M, N), or None. With beta = 0 it is not read, as in PyTorch.
+        out: (B, M, N).
+        alpha: factor of the product.
+        beta: factor of the bias.
+
+    Raises:
+        DeviceError: tensors on a device that Triton cannot drive.
+    """
+    device = hardware.of(out.device)
+    if out.numel() == 0:
+        return
+    batch, M, K = a.shape
+    N = b.shape[2]
+    bias = None if bias is None or beta == 0 else bias.expand(batch, M, N)
+    precision = float32_precision(out.device) if a.dtype == torch.float32 else "ieee"
+    problem = GemmProblem(
+        batch=batch,
+        M=bucket(M),
+        N=bucket(N),
+        K=K,
+        element_size=a.element_size(),
+        ieee=a.dtype == torch.float32 and precision == "ieee",
+        a_k_contiguous=a.stride(2) == 1,
+        b_k_contiguous=b.stride(1) == 1,
+    )
+    config = select_config(problem, device)
+    with hardware.guard(out):
+        if config.kernel == "gemv":
+            gemv(a, b, bias, out, alpha=alpha, beta=beta, config=config)
+        else:
+            gemm(a, b, bias, out, alpha=alpha, beta=beta, config=config, precision=precision)
+

@@ -1,0 +1,261 @@
+"""The one way from attention's tensors to a kernel: check, view as 4-D, choose, launch.
+
+Semantics are those of `torch.nn.functional.scaled_dot_product_attention` (its mathematical
+reference): `is_causal` is aligned to the top left also where L_q ≠ L_kv, and a row that sees no key
+gives zeros.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from triton_only_backend.errors import UnsupportedProblemError
+from triton_only_backend.kernels import hardware
+from triton_only_backend.kernels.attention_configs import (
+    AttentionProblem,
+    select_backward_config,
+    select_decode_config,
+    select_flash_config,
+    uses_decode_kernel,
+)
+from triton_only_backend.kernels.decode_attention import decode_attention
+from triton_only_backend.kernels.flash_attention import flash_attention
+from triton_only_backend.kernels.flash_attention_backward import flash_attention_backward
+from triton_only_backend.kernels.matmul import DTYPES, float32_precision
+
+Tensor = torch.Tensor
+MAX_HEAD_DIM = 256
+
+
+class Operands(NamedTuple):
+    """4-D views: query (B, H, L_q, D), key (B, H_kv, L_kv, D), value (B, H_kv, L_kv, D_v).
+
+    `mask` is None or (B, H, L_q, L_kv) with stride 0 where it broadcasts; `lead` is the shape of
+    the output before its last two dimensions.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    lead: tuple[int, ...]
+
+
+def check(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+) -> None:
+    """Refuses what the kernels do not cover.
+
+    Raises:
+        UnsupportedProblemError: naming the argument, the dtypes and shapes, and a remedy.
+    """
+
+    def refuse(what: str, remedy: str) -> None:
+        shapes = ", ".join(f"{t.dtype}{list(t.shape)}" for t in (query, key, value))
+        raise UnsupportedProblemError(f"triton_only.attention({shapes}): {what}; {remedy}")
+
+    if query.dim() < 2 or not query.dim() == key.dim() == value.dim():
+        refuse("query, key and value must have the same number (≥ 2) of dimensions", "reshape them")
+    if {query.dtype, key.dtype, value.dtype} - set(DTYPES) or not (
+        query.dtype == key.dtype == value.dtype
+    ):
+        refuse("one dtype of float16, bfloat16, float32 is needed", "cast query, key and value")
+    if query.shape[-1] > MAX_HEAD_DIM or value.shape[-1] > MAX_HEAD_DIM:
+        refuse(f"head dimensions over {MAX_HEAD_DIM}", "split the heads or use bmm and softmax")
+    torch._check(
+        query.shape[-1] == key.shape[-1] and key.shape[-2] == value.shape[-2],
+        lambda: "triton_only.attention: query and key must share their last dimension, key and "
+        f"value their length; got {list(query.shape)}, {list(key.shape)}, {list(value.shape)}",
+    )
+    if attn_mask is not None and not (attn_mask.dtype == torch.bool or attn_mask.is_floating_point()):
+        refuse(f"a {attn_mask.dtype} mask", "pass a boolean or float mask")
+
+
+def lead_shape(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[int, ...]:
+    """The output's shape before its last two dimensions."""
+    skip = 3 if enable_gqa else 2
+    torch._check(
+        query.dim() >= skip,
+        lambda: "triton_only.attention: enable_gqa needs (…, heads, length, head_dim), "
+        f"got {list(query.shape)}",
+    )
+    if query.shape[:-skip] == key.shape[:-skip] == value.shape[:-skip]:
+        return tuple(query.shape[:-2])
+    shapes = (query.shape[:-skip], key.shape[:-skip], value.shape[:-skip])
+    lead = tuple(torch.broadcast_shapes(*shapes))
+    return (*lead, query.shape[-3]) if enable_gqa else lead
+
+
+def _to_4d(tensor: Tensor, lead: tuple[int, ...]) -> Tensor:
+    """A view with two leading dimensions; more than two are flattened (a copy if strides forbid)."""
+    tensor = tensor.expand(*lead, *tensor.shape[-2:])
+    if tensor.dim() == 4:
+        return tensor
+    if tensor.dim() < 4:
+        return tensor[(None,) * (4 - tensor.dim())]
+    return tensor.flatten(0, -4)
+
+
+def operands(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, enable_gqa: bool
+) -> Operands:
+    """Views the arguments as the kernels take them."""
+    lead = lead_shape(query, key, value, enable_gqa)
+    kv_lead = (*lead[:-1], key.shape[-3]) if enable_gqa else lead
+    torch._check(
+        not enable_gqa or (query.shape[-3] % key.shape[-3] == 0 and key.shape[-3] == value.shape[-3]),
+        lambda: f"triton_only.attention: {query.shape[-3]} query heads cannot share "
+        f"{key.shape[-3]} key and {value.shape[-3]} value heads evenly",
+    )
+    mask = None
+    if attn_mask is not None:
+        mask = attn_mask.expand(*lead, query.shape[-2], key.shape[-2])
+        mask = _to_4d(mask, lead)
+    return Operands(
+        _to_4d(query, lead), _to_4d(key, kv_lead), _to_4d(value, kv_lead), mask, lead
+    )
+
+
+def empty_output(query: Tensor, lead: tuple[int, ...], head_dim_v: int) -> Tensor:
+    """(*lead, L_q, D_v), laid out as (…, L_q, heads, D_v): the head merge that follows is a view."""
+    length = query.shape[-2]
+    if len(lead) == 0:
+        return query.new_empty((length, head_dim_v))
+    return query.new_empty((*lead[:-1], length, lead[-1], head_dim_v)).transpose(-3, -2)
+
+
+def empty_logsumexp(query: Tensor, lead: tuple[int, ...]) -> Tensor:
+    """(*lead, L_q), fp32."""
+    return query.new_empty((*lead, query.shape[-2]), dtype=torch.float32)
+
+
+def _problem(x: Operands, is_causal: bool) -> AttentionProblem:
+    batch, num_heads, len_q, head_dim = x.query.shape
+    return AttentionProblem(
+        batch=batch,
+        num_heads=num_heads,
+        num_kv_heads=x.key.shape[1],
+        len_q=len_q,
+        len_kv=x.key.shape[2],
+        head_dim=head_dim,
+        head_dim_v=x.value.shape[3],
+        element_size=x.query.element_size(),
+        is_causal=is_causal,
+        has_mask=x.mask is not None,
+    )
+
+
+def _scale(query: Tensor, scale: float | None) -> float:
+    return 1.0 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
+
+
+def _precision(query: Tensor) -> str:
+    return float32_precision(query.device) if query.dtype == torch.float32 else "ieee"
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    *,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    with_logsumexp: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention's output (*lead, L_q, D_v) and, on request, its log-sum-exp (*lead, L_q) in fp32.
+
+    Raises:
+        UnsupportedProblemError: see `check`.
+        DeviceError: tensors on a device that Triton cannot drive.
+    """
+    check(query, key, value, attn_mask)
+    device = hardware.of(query.device)
+    x = operands(query, key, value, attn_mask, enable_gqa)
+    output = empty_output(query, x.lead, value.shape[-1])
+    logsumexp = empty_logsumexp(query, x.lead) if with_logsumexp else None
+    if output.numel() == 0 and (logsumexp is None or logsumexp.numel() == 0):
+        return output, logsumexp
+    out = _view_output(output, x)
+    lse = None if logsumexp is None else logsumexp.view(x.query.shape[:3])
+    problem = _problem(x, is_causal)
+    with hardware.guard(query):
+        if uses_decode_kernel(problem):
+            decode_attention(
+                x.query, x.key, x.value, x.mask, out, lse,
+                is_causal=is_causal, scale=_scale(query, scale),
+                config=select_decode_config(problem, device), precision=_precision(query),
+            )  # fmt: skip
+        else:
+            flash_attention(
+                x.query, x.key, x.value, x.mask, out, lse,
+                is_causal=is_causal, scale=_scale(query, scale),
+                config=select_flash_config(problem, device), precision=_precision(query),
+            )  # fmt: skip
+    return output, logsumexp
+
+
+def _view_output(output: Tensor, x: Operands) -> Tensor:
+    """The output as (B, H, L_q, D_v); its layout always allows the view."""
+    if output.dim() <= 4:
+        return output[(None,) * (4 - output.dim())]
+    return output.transpose(-3, -2).flatten(0, -4).transpose(-3, -2)
+
+
+def backward(
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    output: Tensor,
+    logsumexp: Tensor,
+    *,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value, in their shapes and dtypes.
+
+    The operands' leading dimensions must be equal already: see `expand_operands`.
+    """
+    device = hardware.of(query.device)
+    x = operands(query, key, value, attn_mask, enable_gqa)
+    grad_query, grad_key, grad_value = (
+        torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x.query, x.key, x.value)
+    )
+    with hardware.guard(query):
+        flash_attention_backward(
+            _to_4d(grad_output, x.lead),
+            x.query, x.key, x.value, x.mask,
+            _to_4d(output, x.lead), logsumexp.reshape(x.query.shape[:3]),
+            grad_query, grad_key, grad_value,
+            is_causal=is_causal, scale=_scale(query, scale),
+            config=select_backward_config(_problem(x, is_causal), device),
+            precision=_precision(query),
+        )  # fmt: skip
+    return (
+        grad_query.view(query.shape),
+        grad_key.view(key.shape),
+        grad_value.view(value.shape),
+    )
+
+
+def expand_operands(
+    query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The operands with their leading dimensions broadcast, so that gradients need no summing."""
+    lead = lead_shape(query, key, value, enable_gqa)
+    kv_lead = (*lead[:-1], key.shape[-3]) if enable_gqa else lead
+    return (
+        query.expand(*lead, *query.shape[-2:]),
+        key.expand(*kv_lead, *key.shape[-2:]),
+        value.expand(*kv_lead, *value.shape[-2:]),
+    )

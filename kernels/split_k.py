@@ -1,0 +1,74 @@
+"""Adds up the partial products of a split-K GEMM, in a fixed order, and applies its epilogue.
+
+    out[b, m, n] = alpha · ((p[0] + p[1]) + p[2] + …)[b, m, n]  +  beta · bias[b, m, n]
+
+A kernel of its own rather than atomics: the order of the sums, and so every bit of the result, is
+the same in each run.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def reduce_partials_kernel(
+    partial_ptr, bias_ptr, out_ptr,
+    M, N, numel,
+    stride_ps,
+    stride_sb, stride_sm, stride_sn,
+    stride_ob, stride_om, stride_on,
+    alpha, beta,
+    SPLIT_K: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < numel
+    acc = tl.load(partial_ptr + offs, mask=mask, other=0.0)
+    for split in tl.static_range(1, SPLIT_K):
+        acc += tl.load(partial_ptr + split * stride_ps + offs, mask=mask, other=0.0)
+    acc *= tl.cast(alpha, tl.float32)
+    n = offs % N
+    row = offs // N
+    m = row % M
+    b = row // M
+    if HAS_BIAS:
+        bias = tl.load(
+            bias_ptr + b * stride_sb + m * stride_sm + n * stride_sn, mask=mask, other=0.0
+        )
+        acc += tl.cast(beta, tl.float32) * bias.to(tl.float32)
+    out_ptrs = out_ptr + b * stride_ob + m * stride_om + n * stride_on
+    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def reduce_partials(
+    partial: torch.Tensor,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    *,
+    alpha: float,
+    beta: float,
+    block: int,
+) -> None:
+    """Writes alpha · partial.sum(0) + beta · bias to `out`.
+
+    Args:
+        partial: (split_k, B, M, N) fp32, contiguous.
+        bias: (B, M, N), any strides, or None.
+        out: (B, M, N), any strides without overlap.
+        alpha: factor of the sum.
+        beta: factor of the bias.
+        block: elements a program sums.
+    """
+    split_k, _, M, N = partial.shape
+    numel = out.numel()
+    reduce_partials_kernel[(triton.cdiv(numel, block),)](
+        partial, partial if bias is None else bias, out,
+        M, N, numel,
+        partial.stride(0),
+        *((0, 0, 0) if bias is None else bias.stride()),
+        *out.stride(),
+        float(alpha), float(beta),
+        SPLIT_K=split_k, HAS_BIAS=bias is not None, BLOCK=block, num_warps=4,
+    )  # fmt: skip

@@ -1,0 +1,35 @@
+"""Runs the suite on the GPU where there is one, else on the CPU through the Triton interpreter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from triton_only_backend import interpreter
+
+INTERPRETED = interpreter.install_if_wanted()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    asked = config.getoption("-m")
+    for item in items:
+        if item.get_closest_marker("gpu") and INTERPRETED:
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+        if item.get_closest_marker("cpu") and not INTERPRETED:
+            item.add_marker(pytest.mark.skip(reason="is about running without a GPU"))
+        if item.get_closest_marker("exhaustive") and "exhaustive" not in asked:
+            item.add_marker(pytest.mark.skip(reason="exhaustive: run with -m exhaustive"))
+
+
+@pytest.fixture
+def device() -> str:
+    """Where kernels run: "cuda", or "cpu" under the interpreter."""
+    return "cpu" if INTERPRETED else "cuda"
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> object:
+    """Each test compiles anew, with the same random numbers."""
+    torch.manual_seed(0)
+    yield
+    torch._dynamo.reset()

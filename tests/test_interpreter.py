@@ -1,0 +1,99 @@
+"""The mends of the Triton interpreter, each shown by what goes wrong without it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from triton_only_backend import interpreter
+
+pytestmark = pytest.mark.cpu
+
+
+@triton.jit
+def dot_kernel(a_ptr, b_ptr, c_ptr, N: tl.constexpr):
+    i = tl.arange(0, N)
+    at = i[:, None] * N + i[None, :]
+    product = tl.dot(tl.load(a_ptr + at), tl.load(b_ptr + at))
+    tl.store(c_ptr + at, product)
+
+
+@triton.jit
+def cast_kernel(x_ptr, y_ptr, N: tl.constexpr):
+    i = tl.arange(0, N)
+    tl.store(y_ptr + i, tl.load(x_ptr + i).to(y_ptr.dtype.element_ty))
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+def test_dot_multiplies_numbers_not_bits(dtype):
+    a, b = (torch.randn(16, 16).to(dtype) for _ in range(2))
+    c = torch.empty(16, 16)
+    dot_kernel[(1,)](a, b, c, 16)
+    torch.testing.assert_close(c, a.float() @ b.float(), rtol=1e-6, atol=1e-5)
+
+
+SPECIAL = [0.0, -0.0, float("inf"), float("-inf"), float("nan"), 1e-40, 3.4e38, -1.00390625]
+
+
+@pytest.mark.parametrize("source", (torch.float32, torch.float16, torch.int32), ids=str)
+def test_casts_to_bfloat16_round_to_nearest_even(source):
+    x = torch.cat([torch.randn(1000) * 100, torch.tensor(SPECIAL + [257.0, 259.0] * 8)])
+    x = x.nan_to_num().clamp(-1e4, 1e4).to(source) if source != torch.float32 else x
+    y = torch.empty(1024, dtype=torch.bfloat16)
+    cast_kernel[(1,)](x, y, 1024)
+    torch.testing.assert_close(y, x.to(torch.bfloat16), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("target", (torch.float32, torch.float16, torch.int32), ids=str)
+def test_casts_from_bfloat16_read_the_number(target):
+    x = (torch.randn(1024) * 100).to(torch.bfloat16)
+    y = torch.empty(1024, dtype=target)
+    cast_kernel[(1,)](x, y, 1024)
+    assert torch.equal(y, x.to(target))
+
+
+@pytest.mark.parametrize("name", ["tanh", "erf", "rsqrt", "log1p", "isnan", "pow", "llrint"])
+@pytest.mark.parametrize("dtype", (tl.float32, tl.bfloat16), ids=str)
+def test_libdevice_computes(name, dtype):
+    from triton.runtime.interpreter import TensorHandle
+
+    numbers = np.array([0.25, 1.5, 2.0, 7.0], dtype=np.float32)
+    data = interpreter.bfloat16_bits(numbers) if dtype == tl.bfloat16 else numbers
+    x = tl.core.tensor(TensorHandle(data, dtype), tl.block_type(dtype, [4]))
+    result = getattr(interpreter.Libdevice(), name)(*([x, x] if name == "pow" else [x]))
+    reference = {"pow": lambda t: t**t, "llrint": lambda t: t.round().long()}
+    expected = reference.get(name, getattr(torch, name, None))(torch.from_numpy(numbers))
+    actual = result.handle.data
+    if result.type.scalar == tl.bfloat16:
+        actual = (actual.astype(np.uint32) << 16).view(np.float32)
+        torch.testing.assert_close(torch.from_numpy(actual), expected, rtol=1e-2, atol=1e-2)
+    else:
+        torch.testing.assert_close(torch.from_numpy(np.asarray(actual)), expected)
+
+
+def test_libdevice_names_what_it_lacks():
+    with pytest.raises(AttributeError, match="no_such_function has no counterpart"):
+        interpreter.Libdevice().no_such_function  # noqa: B018
+
+
+def test_works_after_triton_was_imported_and_says_so_once():
+    script = (
+        "import torch, torch._dynamo, torch._inductor.compile_fx, triton\n"
+        "assert not triton.knobs.runtime.interpret\n"
+        "f = torch.compile(lambda x: torch.softmax(x @ x.T, -1), backend='triton_only')\n"
+        "x = torch.randn(8, 8)\n"
+        "torch.testing.assert_close(f(x), torch.softmax(x @ x.T, -1))\n"
+        "f(torch.randn(9, 9))\n"
+    )
+    environ = {k: v for k, v in __import__("os").environ.items() if k != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=environ, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stderr.count("run in the Triton interpreter on the CPU") == 1

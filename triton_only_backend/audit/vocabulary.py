@@ -1,0 +1,80 @@
+"""The words of a report: who supplies a kernel, why an op stayed there, and the verdict on it."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+
+class Provider(enum.Enum):
+    """Who supplies a kernel. The value is the label that reports print."""
+
+    TRITON_OURS = "Triton (triton_only)"
+    TRITON_INDUCTOR = "Triton (Inductor)"
+    TRITON_USER = "Triton (user kernel)"
+    CUBLAS = "cuBLAS"
+    CUDNN = "cuDNN"
+    CUTLASS = "CUTLASS"
+    FLASH = "FlashAttention (CUDA)"
+    EFFICIENT = "memory-efficient attention (CUTLASS)"
+    ATEN = "ATen native"
+    CUB = "CUB/Thrust"
+    CUFFT = "cuFFT"
+    CUSOLVER = "cuSOLVER/MAGMA"
+    CUSPARSE = "cuSPARSE"
+    NCCL = "NCCL"
+    CPU = "CPU"
+    MEMCPY = "memcpy"
+    MEMSET = "memset"
+    USER = "user op"
+    NONE = "no kernel"
+    UNKNOWN = "unknown"
+
+    @property
+    def is_triton(self) -> bool:
+        """Whether the kernel was written in, or generated as, Triton."""
+        return self in _TRITON
+
+    @property
+    def is_violation(self) -> bool:
+        """Whether a kernel from here breaks "Triton only". Collectives and copies do not."""
+        return self not in _HARMLESS
+
+    @property
+    def is_compute(self) -> bool:
+        """Whether its time counts as compute; copies, fills and communication do not."""
+        return self not in _NOT_COMPUTE
+
+
+_TRITON = frozenset({Provider.TRITON_OURS, Provider.TRITON_INDUCTOR, Provider.TRITON_USER})
+_NOT_COMPUTE = frozenset({Provider.NCCL, Provider.MEMCPY, Provider.MEMSET, Provider.NONE})
+_HARMLESS = _TRITON | _NOT_COMPUTE
+
+
+class Reason(enum.Enum):
+    """Why an op runs outside Triton. A pass that refuses an op records one of these names."""
+
+    UNSUPPORTED_DTYPE = "our Triton kernels do not cover this dtype"
+    UNSUPPORTED_ARGUMENT = "our Triton kernels do not cover one of its arguments"
+    NO_TRITON_LOWERING = "Inductor has no Triton lowering"
+    LIBRARY_ONLY = "Inductor calls a library, and no pass replaced it"
+    DATA_DEPENDENT = "its output shape depends on the data"
+    USER_OP = "custom op: opaque to the audit"
+    REFUSED_BY_PASS = "a pass refused to replace it"
+    CPU_KERNEL = "it runs on the CPU"
+    OPAQUE_CODE = "the audit cannot read this code"
+    UNKNOWN_OP = "the audit does not know it"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the policy says of one op."""
+
+    provider: Provider
+    reason: Reason | None = None
+    remedy: str = ""
+
+    @property
+    def is_violation(self) -> bool:
+        """Whether the op breaks "Triton only"."""
+        return self.provider.is_violation

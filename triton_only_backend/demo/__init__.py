@@ -1,0 +1,1 @@
+"""The model that ships with the package, and what `triton-only demo` does with it."""

@@ -1,0 +1,92 @@
+"""Eager PyTorch with our kernels: `with triton_only_backend.eager(): model(x)`."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+aten = torch.ops.aten
+ours = torch.ops.triton_only
+
+PRODUCTS = {
+    aten.mm.default: ours.mm,
+    aten.mm.dtype: ours.mm,
+    aten.addmm.default: ours.addmm,
+    aten.addmm.dtype: ours.addmm,
+    aten.bmm.default: ours.bmm,
+    aten.bmm.dtype: ours.bmm,
+    aten.baddbmm.default: ours.baddbmm,
+    aten.baddbmm.dtype: ours.baddbmm,
+}
+
+
+class _Attention(TorchFunctionMode):
+    """scaled_dot_product_attention, above autograd: our op brings its own gradient."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            return _attention(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+class _Products(TorchDispatchMode):
+    """mm, addmm, bmm and baddbmm, below autograd: also those of a backward run inside."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func not in PRODUCTS:
+            return func(*args, **kwargs)
+        if func._overloadname == "dtype":
+            position = [a.name for a in func._schema.arguments].index("out_dtype")
+            if len(args) > position:
+                kwargs["out_dtype"] = args[position]
+                args = args[:position]
+        return PRODUCTS[func](*args, **kwargs)
+
+
+def _attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    if dropout_p != 0.0 or (attn_mask is not None and (is_causal or attn_mask.requires_grad)):
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            return torch.nn.functional.scaled_dot_product_attention(
+                query, key, value, attn_mask, dropout_p, is_causal,
+                scale=scale, enable_gqa=enable_gqa,
+            )  # fmt: skip
+    output: torch.Tensor = ours.attention(
+        query, key, value, attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
+    )
+    return output
+
+
+@contextlib.contextmanager
+def eager() -> Iterator[None]:
+    """Sends mm, addmm, bmm, baddbmm and scaled_dot_product_attention to our ops, uncompiled.
+
+    Attention with dropout, or with a mask that needs a gradient, runs as bmm, softmax, bmm, of which
+    the products are ours. Everything else runs as PyTorch runs it; nothing is audited.
+
+    Raises, at the call:
+        UnsupportedProblemError: an operand that the kernels do not take (a dtype, say).
+        DeviceError: tensors on a device that Triton cannot drive.
+    """
+    with _Attention(), _Products():
+        yield

@@ -1,0 +1,348 @@
+"""Runs Triton kernels, ours and Inductor's, on CPU tensors through the Triton interpreter.
+
+Used by itself on a machine with no GPU. The stock interpreter needs five mends for that:
+
+1. Functions decorated with `@triton.jit` before the interpreter was switched on stay compiled
+   functions; they are rebound, so that importing triton first (as torch._dynamo does) is harmless.
+2. There is no active driver: a driver for a `cpu` target is installed.
+3. `tl.dot` on bfloat16 multiplies the raw bits (it carries bf16 as uint16), and on fp16 goes
+   through numpy's slow half-precision loop; both are converted to fp32 first.
+4. Conversions to bfloat16 truncate, and conversions between bfloat16 and anything but fp32 take the
+   raw bits for a number; both are done properly, rounding to nearest even.
+5. libdevice functions are empty stubs that return None; Inductor calls them. They get bodies.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+log = logging.getLogger("triton_only_backend")
+
+# Inductor settings under which its Triton codegen targets the CPU. One compile thread: the worker
+# processes of the parallel compiler would not know of the mends below.
+INDUCTOR_CONFIG: dict[str, Any] = {
+    "cpu_backend": "triton",
+    "compile_threads": 1,
+}
+
+# Prefix of the profiler scope of an interpreted launch.
+LAUNCH_SCOPE = "triton_interpreter::"
+
+_state = {"installed": False, "announced": False}
+
+
+def gpu_available() -> bool:
+    """Whether torch sees a device that Triton can compile for (CUDA, ROCm or XPU)."""
+    import torch
+
+    return torch.cuda.is_available() or (hasattr(torch, "xpu") and torch.xpu.is_available())
+
+
+def wanted() -> bool:
+    """Whether kernels should be interpreted: no GPU, or the user set TRITON_INTERPRET=1."""
+    return os.environ.get("TRITON_INTERPRET") == "1" or not gpu_available()
+
+
+def is_installed() -> bool:
+    """Whether the interpreter is on in this process."""
+    return _state["installed"]
+
+
+def announce() -> None:
+    """Says once, in one line, that kernels are interpreted."""
+    if not _state["announced"]:
+        _state["announced"] = True
+        log.warning(
+            "triton_only: %s; Triton kernels run in the Triton interpreter on the CPU (exact, slow)",
+            "TRITON_INTERPRET=1" if gpu_available() else "no GPU found",
+        )
+
+
+def install_if_wanted() -> bool:
+    """Switches the interpreter on when there is no GPU. Idempotent; returns `is_installed()`."""
+    if not _state["installed"] and wanted():
+        _install()
+    return _state["installed"]
+
+
+def _install() -> None:
+    os.environ["TRITON_INTERPRET"] = "1"
+    import triton
+
+    triton.knobs.runtime.interpret = True
+    _rebind_compiled_functions()
+    _install_driver()
+    _mend_dot()
+    _mend_casts()
+    _mend_libdevice()
+    _name_launches()
+    _clear_triton_probes()
+    _state["installed"] = True
+
+
+def _rebind_compiled_functions() -> None:
+    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime.jit import JITFunction
+
+    interpreted: dict[int, Any] = {}
+    for name, module in list(sys.modules.items()):
+        if not name.startswith(("triton", "torch._inductor.runtime")):
+            continue
+        for attribute, value in list(vars(module).items()):
+            if isinstance(value, JITFunction):
+                if id(value) not in interpreted:
+                    interpreted[id(value)] = InterpretedFunction(value.fn)
+                setattr(module, attribute, interpreted[id(value)])
+
+
+def _install_driver() -> None:
+    import triton
+    from triton.backends import Backend, backends
+    from triton.backends.compiler import BaseBackend, GPUTarget
+    from triton.backends.driver import DriverBase
+
+    class InterpreterCompiler(BaseBackend):  # type: ignore[misc]
+        """Satisfies the queries Inductor makes of a Triton backend; it never compiles."""
+
+        binary_ext = "none"
+
+        @staticmethod
+        def supports_target(target: GPUTarget) -> bool:
+            return bool(target.backend == "cpu")
+
+        def hash(self) -> str:
+            return f"interpreter-{triton.__version__}"
+
+        def parse_options(self, options: dict[str, Any]) -> Any:
+            return type("Options", (), {"extern_libs": None})()
+
+        def add_stages(self, stages: Any, options: Any, language: Any = None) -> None:
+            raise NotImplementedError("the Triton interpreter does not compile")
+
+        def load_dialects(self, context: Any) -> None:
+            pass
+
+        def get_module_map(self) -> dict[str, Any]:
+            return {}
+
+        def pack_metadata(self, metadata: Any) -> Any:
+            return metadata
+
+        def get_codegen_implementation(self, *_: Any) -> dict[str, Any]:
+            return {}
+
+    class InterpreterDriver(DriverBase):  # type: ignore[misc]
+        def __init__(self) -> None:
+            pass
+
+        @classmethod
+        def is_active(cls) -> bool:
+            return True
+
+        def map_python_to_cpp_type(self, ty: str) -> str:
+            return ty
+
+        def get_current_target(self) -> GPUTarget:
+            return GPUTarget("cpu", 0, 32)
+
+        def get_current_device(self) -> int:
+            return 0
+
+        def get_current_stream(self, device: int | None = None) -> int:
+            return 0
+
+        def set_current_device(self, device: int) -> None:
+            pass
+
+        def get_active_torch_device(self) -> Any:
+            import torch
+
+            return torch.device("cpu")
+
+        def get_device_interface(self) -> Any:
+            import torch
+
+            return torch.cpu
+
+        def get_empty_cache_for_benchmark(self) -> None:
+            return None
+
+        def clear_cache(self, cache: Any) -> None:
+            pass
+
+        def get_benchmarker(self) -> Callable[..., float]:
+            def benchmark(fn: Callable[[], Any], **_: Any) -> float:
+                start = time.perf_counter()
+                fn()
+                return (time.perf_counter() - start) * 1e3
+
+            return benchmark
+
+    if "cpu" not in backends:
+        backends["cpu"] = Backend(compiler=InterpreterCompiler, driver=InterpreterDriver)
+    triton.runtime.driver.set_active(InterpreterDriver())
+
+
+def _as_float32(handle: Any) -> Any:
+    """A bf16 or fp16 interpreter value as fp32; anything else as it is."""
+    import triton.language as tl
+    from triton.runtime.interpreter import TensorHandle
+
+    if handle.dtype.scalar == tl.bfloat16 and handle.data.dtype == np.uint16:
+        return TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+    if handle.dtype.scalar == tl.float16:
+        return TensorHandle(handle.data.astype(np.float32), tl.float32)
+    return handle
+
+
+def _mend_dot() -> None:
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    original = InterpreterBuilder.create_dot
+
+    def create_dot(self: Any, a: Any, b: Any, d: Any, *args: Any) -> Any:
+        return original(self, _as_float32(a), _as_float32(b), d, *args)
+
+    InterpreterBuilder.create_dot = create_dot
+
+
+def bfloat16_bits(data: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Numbers of any type as bfloat16 bit patterns, rounded to nearest even."""
+    bits = np.ascontiguousarray(data, dtype=np.float32).view(np.uint32)
+    rounded = ((bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    return np.where(np.isnan(data.astype(np.float32)), np.uint16(0x7FC0), rounded)
+
+
+def _mend_casts() -> None:
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    original_cast = InterpreterBuilder.cast_impl
+    original_fp_to_fp = InterpreterBuilder.create_fp_to_fp
+
+    def involves_bfloat16(src: Any, dst_type: Any) -> bool:
+        return tl.bfloat16 in (src.dtype.scalar, dst_type.scalar)
+
+    def cast_impl(self: Any, src: Any, dst_type: Any) -> Any:
+        if not involves_bfloat16(src, dst_type):
+            return original_cast(self, src, dst_type)
+        src = _as_float32(src)
+        if dst_type.scalar == tl.bfloat16:
+            return TensorHandle(bfloat16_bits(src.data), tl.bfloat16)
+        return original_cast(self, src, dst_type)
+
+    def create_fp_to_fp(self: Any, src: Any, dst_type: Any, rounding_mode: Any) -> Any:
+        wide = src.dtype.scalar.primitive_bitwidth > 8 and dst_type.scalar.primitive_bitwidth > 8
+        if wide and involves_bfloat16(src, dst_type):
+            return cast_impl(self, src, dst_type)
+        return original_fp_to_fp(self, src, dst_type, rounding_mode)
+
+    InterpreterBuilder.cast_impl = cast_impl
+    InterpreterBuilder.create_fp_to_fp = create_fp_to_fp
+
+
+def _name_launches() -> None:
+    """Each interpreted launch is a scope of the profiler: `profile` tells it from ATen's CPU ops."""
+    import torch
+    from triton.runtime.interpreter import InterpretedFunction
+
+    original = InterpretedFunction.run
+
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with torch.profiler.record_function(LAUNCH_SCOPE + self.fn.__name__):
+            return original(self, *args, **kwargs)
+
+    InterpretedFunction.run = run
+
+
+def _mend_libdevice() -> None:
+    from torch._inductor.runtime import triton_helpers
+
+    triton_helpers.libdevice = Libdevice()
+
+
+class Libdevice:
+    """libdevice's functions for the interpreter, computed by torch: `libdevice.tanh(x)`."""
+
+    def __init__(self) -> None:
+        import torch
+
+        self._functions: dict[str, Callable[..., Any]] = {
+            "atan2": torch.atan2,
+            "copysign": torch.copysign,
+            "cyl_bessel_i0": torch.special.i0,
+            "fast_expf": torch.exp,
+            "fdividef": torch.div,
+            "finitef": torch.isfinite,
+            "fmod": torch.fmod,
+            "isinf": torch.isinf,
+            "isnan": torch.isnan,
+            "j0": torch.special.bessel_j0,
+            "j1": torch.special.bessel_j1,
+            "llrint": lambda x: torch.round(x).long(),
+            "nearbyint": torch.round,
+            "nextafter": torch.nextafter,
+            "pow": torch.pow,
+            "rint": torch.round,
+        }
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        import torch
+
+        if name.startswith("__"):
+            raise AttributeError(name)
+        function = self._functions.get(name) or getattr(torch, name, None)
+        function = function or getattr(torch.special, name, None)
+        if function is None:
+            raise AttributeError(f"libdevice.{name} has no counterpart in the Triton interpreter")
+
+        def call(*args: Any, **_: Any) -> Any:
+            return _call_torch(function, args)
+
+        call.__name__ = name
+        return call
+
+
+def _call_torch(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    import torch
+    import triton.language as tl
+    from triton.runtime.interpreter import TensorHandle
+
+    first = next(a for a in args if isinstance(a, tl.core.tensor))
+    scalar = first.type.scalar
+    values = [
+        torch.from_numpy(np.ascontiguousarray(_as_float32(a.handle).data))
+        if isinstance(a, tl.core.tensor)
+        else torch.as_tensor(getattr(a, "value", a))
+        for a in args
+    ]
+    result = function(*values)
+    if result.dtype == torch.bool:
+        scalar, data = tl.int1, result.numpy()
+    elif result.dtype == torch.int64:
+        scalar, data = tl.int64, result.numpy()
+    elif scalar == tl.bfloat16:
+        data = bfloat16_bits(result.numpy())
+    elif scalar == tl.float16:
+        data = result.to(torch.float16).numpy()
+    else:
+        data = result.numpy()
+    type_ = tl.block_type(scalar, list(data.shape)) if first.type.is_block() else scalar
+    return tl.core.tensor(TensorHandle(data, scalar), type_)
+
+
+def _clear_triton_probes() -> None:
+    """torch caches whether Triton is usable; the answer has changed."""
+    from torch.utils import _triton
+
+    for name in ("has_triton", "triton_backend", "triton_hash_with_backend"):
+        getattr(_triton, name).cache_clear()

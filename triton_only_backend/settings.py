@@ -1,0 +1,142 @@
+"""One frozen `Settings` from `mode`, `options` and the environment, parsed once and passed down."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from triton_only_backend import inductor
+from triton_only_backend.errors import SettingsError, nearest
+
+ON_VIOLATION = ("error", "warn", "ignore")
+TUNING = ("shipped",)
+# Modes of torch.compile that contradict this backend, with the reason.
+REFUSED_MODES = {"lite": "it leaves every operation to ATen, which this backend exists to avoid"}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How one `torch.compile(..., backend="triton_only")` behaves.
+
+    Attributes:
+        on_violation: "error" raises AuditError, "warn" logs the report, "ignore" does neither.
+        allow: globs of ops or providers that may stay ("aten.sort*", "nccl"); still reported.
+        deterministic: results are bitwise equal from run to run. False admits kernels whose order
+            of summation varies; at present no kernel needs it.
+        tuning: where kernel configurations come from. "shipped" is what there is.
+        disable_passes: names of passes to leave out.
+        report: a path; the report of each compiled graph is written there as JSON.
+        inductor: options of torch._inductor.config, the mode's and the user's, by dotted name.
+    """
+
+    on_violation: str = "error"
+    allow: tuple[str, ...] = ()
+    deterministic: bool = True
+    tuning: str = "shipped"
+    disable_passes: tuple[str, ...] = ()
+    report: str | None = None
+    inductor: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """What of the settings decides which code is compiled; part of the cache key."""
+        return repr((self.deterministic, self.tuning, self.disable_passes))
+
+
+OWN_OPTIONS = tuple(f.name for f in fields(Settings) if f.name != "inductor")
+
+
+def parse(
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    environ: Mapping[str, str] = os.environ,
+) -> Settings:
+    """Settings from torch.compile's `mode` and `options`, over TRITON_ONLY_* variables.
+
+    Raises:
+        SettingsError: an unknown mode, option or variable, or a value that does not fit.
+    """
+    own = _from_environment(environ)
+    config = dict(_mode_options(mode))
+    for key, value in (options or {}).items():
+        if key in OWN_OPTIONS:
+            own[key] = _checked(key, value, f"option {key!r}")
+        else:
+            config[_inductor_key(key)] = value
+    return Settings(**own, inductor=config)
+
+
+def _mode_options(mode: str | None) -> Mapping[str, Any]:
+    modes = inductor.mode_options()
+    mode = mode or "default"
+    if mode in REFUSED_MODES:
+        raise SettingsError(f"triton_only: mode {mode!r} cannot be used: {REFUSED_MODES[mode]}")
+    if mode not in modes:
+        known = [name for name in modes if name not in REFUSED_MODES]
+        raise SettingsError(
+            f"triton_only: unknown mode {mode!r}{nearest(mode, known)} (one of {', '.join(known)})"
+        )
+    return modes[mode]
+
+
+def _inductor_key(key: str) -> str:
+    known = inductor.option_names()
+    name = key.replace("-", "_")
+    if name not in known:
+        raise SettingsError(
+            f"triton_only: unknown option {key!r}{nearest(name, [*OWN_OPTIONS, *known])} "
+            f"(own options: {', '.join(OWN_OPTIONS)}; or any key of torch._inductor.config)"
+        )
+    return name
+
+
+def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
+    prefix = "TRITON_ONLY_"
+    own: dict[str, Any] = {}
+    for variable, text in environ.items():
+        if not variable.startswith(prefix):
+            continue
+        key = variable.removeprefix(prefix).lower()
+        if key not in OWN_OPTIONS:
+            raise SettingsError(
+                f"triton_only: unknown environment variable {variable}"
+                f"{nearest(key, OWN_OPTIONS)} (known: "
+                f"{', '.join(prefix + name.upper() for name in OWN_OPTIONS)})"
+            )
+        own[key] = _checked(key, _typed(key, text, variable), f"environment variable {variable}")
+    return own
+
+
+def _typed(key: str, text: str, variable: str) -> Any:
+    if key in ("allow", "disable_passes"):
+        return [item.strip() for item in text.split(",") if item.strip()]
+    if key == "deterministic":
+        if text.lower() in ("1", "true"):
+            return True
+        if text.lower() in ("0", "false"):
+            return False
+        raise SettingsError(f"triton_only: {variable}={text!r} must be 0, 1, true or false")
+    return text
+
+
+def _checked(key: str, value: Any, where: str) -> Any:
+    choices = {"on_violation": ON_VIOLATION, "tuning": TUNING}.get(key)
+    if choices is not None:
+        if value not in choices:
+            hint = nearest(str(value), choices)
+            raise SettingsError(
+                f"triton_only: {where} is {value!r}{hint} (one of {', '.join(choices)})"
+            )
+    elif key in ("allow", "disable_passes"):
+        if isinstance(value, str) or not all(isinstance(item, str) for item in value):
+            raise SettingsError(f"triton_only: {where} must be a list of strings, got {value!r}")
+        value = tuple(value)
+    elif key == "deterministic" and not isinstance(value, bool):
+        raise SettingsError(f"triton_only: {where} must be True or False, got {value!r}")
+    elif key == "report" and value is not None:
+        if not isinstance(value, str | os.PathLike):
+            raise SettingsError(f"triton_only: {where} must be a path or None, got {value!r}")
+        value = os.fspath(value)
+    return value
