@@ -113,7 +113,7 @@ def without_tma(config: FlashConfig) -> FlashConfig:
 
 
 def uses_decode_kernel(problem: AttentionProblem) -> bool:
-    """Whether `decode_attention` runs the problem: few packed query rows, more keys than queries."""
+    """Whether `decode_attention` runs the problem: few packed query rows, more keys than that."""
     rows = problem.len_q * problem.group_size
     return rows <= MAX_DECODE_ROWS and (rows <= 16 or problem.len_kv >= 4 * problem.len_q)
 
@@ -277,17 +277,15 @@ def _backward_preferences(
     problem: AttentionProblem, hardware: Hardware
 ) -> tuple[BackwardConfig, ...]:
     width = max(problem.block_d, problem.block_dv)
+    is_hip = hardware.backend == "hip"
     last = BackwardConfig(16, 16, 16, 16, 4, 1)
     if problem.element_size == 4:
         if width <= 64:
-            return (BackwardConfig(32, 32, 32, 32, 8, 2), last)
-        if width <= 128:
-            return (
-                BackwardConfig(16, 32, 32, 16, 8, 2),
-                BackwardConfig(16, 32, 32, 16, 8, 1),
-                last,
-            )
-        return (BackwardConfig(16, 16, 16, 16, 8, 2), BackwardConfig(16, 16, 16, 16, 8, 1), last)
+            first = (16, 32, 32, 16, 4, 2) if is_hip else (32, 32, 32, 32, 8, 2)
+            return (BackwardConfig(*first), last)
+        rows, keys = (16, 32) if width <= 128 else (16, 16)
+        two_stages = BackwardConfig(rows, keys, keys, rows, 8, 2)
+        return (two_stages, replace(two_stages, num_stages=1), last)
     if hardware.has_wgmma:
         if width <= 64:
             block_n2 = 64 if problem.has_mask else 128
@@ -296,7 +294,10 @@ def _backward_preferences(
             return (BackwardConfig(32, 128, 128, 64, 8, 2, tma=True), last)
         return (BackwardConfig(32, 64, 64, 32, 8, 2, tma=True), last)
     if width <= 64:
-        return (BackwardConfig(32, 128, 128, 32, 8, 2), BackwardConfig(32, 64, 64, 32, 4, 1), last)
+        if is_hip:
+            return (BackwardConfig(32, 64, 64, 32, 4, 2), last)
+        # A second stage beside a mask spilled 48 bytes on sm80.
+        return (BackwardConfig(32, 128, 128, 32, 8, 1 if problem.has_mask else 2), last)
     if width <= 128:
         return (BackwardConfig(32, 64, 64, 32, 8, 2), BackwardConfig(16, 64, 64, 16, 8, 1), last)
     return (BackwardConfig(16, 64, 64, 16, 8, 1), BackwardConfig(16, 32, 32, 16, 4, 1), last)

@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from triton_only_backend.kernels.attention_configs import without_tma
+from triton_only_backend.kernels.attention_configs import next_power_of_2, without_tma
 
 if TYPE_CHECKING:
     from triton_only_backend.kernels.attention_configs import FlashConfig
@@ -379,12 +379,12 @@ def flash_attention_kernel(
 
 def padded_head_dim(head_dim: int) -> int:
     """The tile width that holds a head dimension: a power of two that `tl.dot` takes."""
-    return max(16, triton.next_power_of_2(head_dim))
+    return max(16, next_power_of_2(head_dim))
 
 
-def heads_in_cache(head_bytes: int) -> int:
-    """How many heads' tensors, of `head_bytes` a head, share the L2 cache."""
-    return max(1, L2_SECTION_BYTES // max(1, head_bytes))
+def heads_in_cache(bytes_of_group: int, group_size: int, num_heads: int) -> int:
+    """How many of `num_heads` heads run at the same time: groups whose tensors share the cache."""
+    return min(num_heads, max(1, L2_SECTION_BYTES // max(1, bytes_of_group)) * group_size)
 
 
 def tma_can_load(tensor: torch.Tensor) -> bool:
@@ -452,8 +452,8 @@ def flash_attention(
     mask = query if attn_mask is None else attn_mask
     group_size = num_heads // num_kv_heads
     block_d, block_dv = padded_head_dim(head_dim), padded_head_dim(head_dim_v)
-    head_bytes = len_kv * (head_dim + head_dim_v) * key.element_size()
-    section_heads = heads_in_cache(head_bytes) * group_size
+    kv_bytes = len_kv * (head_dim + head_dim_v) * key.element_size()
+    section_heads = heads_in_cache(kv_bytes, group_size, batch * num_heads)
     grid = (triton.cdiv(len_q, config.block_m) * batch * num_heads,)
     flash_attention_kernel[grid](
         query,

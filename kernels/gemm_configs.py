@@ -23,6 +23,7 @@ class GemmProblem:
         ieee: fp32 operands multiplied exactly, without the tensor cores.
         a_k_contiguous: a's K stride is 1 (row-major a).
         b_k_contiguous: b's K stride is 1 (an `nn.Linear` weight, transposed).
+        descriptors: both operands fit tensor descriptors (see `gemm_tma.fits_descriptor`).
     """
 
     batch: int
@@ -33,6 +34,7 @@ class GemmProblem:
     ieee: bool
     a_k_contiguous: bool
     b_k_contiguous: bool
+    descriptors: bool = False
 
     @property
     def transposed(self) -> GemmProblem:
@@ -51,12 +53,16 @@ class GemmConfig:
     """How a product is computed.
 
     Attributes:
-        kernel: "gemm" (tiles on the tensor cores) or "gemv" (multiply and reduce, M ≤ 2).
+        kernel: "gemm" (tiles on the tensor cores), "gemm_tma" (the same on tensor descriptors,
+            persistent) or "gemv" (multiply and reduce, M ≤ 2).
         swap_operands: compute outᵀ = bᵀ @ aᵀ; block_m and block_n then refer to outᵀ.
         reduce_block: elements a program of the split-K reduction sums.
+        resident: blocks of the persistent kernel that share a multiprocessor.
+        store_halves: the persistent kernel stores its tile in two halves, for half the staging
+            memory and so a deeper pipeline.
     """
 
-    kernel: Literal["gemm", "gemv"]
+    kernel: Literal["gemm", "gemm_tma", "gemv"]
     block_m: int
     block_n: int
     block_k: int
@@ -66,6 +72,8 @@ class GemmConfig:
     num_stages: int
     swap_operands: bool = False
     reduce_block: int = 512
+    resident: int = 1
+    store_halves: bool = False
 
 
 def next_power_of_2(n: int) -> int:
@@ -89,6 +97,10 @@ def select_config(problem: GemmProblem, hardware: Hardware) -> GemmConfig:
         return _gemv(problem.transposed, hardware, swap=True)
     if problem.ieee:
         return _ieee(problem, hardware)
+    if problem.descriptors and hardware.has_wgmma and problem.batch == 1:
+        config = _hopper(problem, hardware)
+        if config is not None:
+            return config
     if problem.M <= SKINNY_MAX_ROWS and problem.M <= problem.N:
         return _skinny(problem.transposed, hardware, swap=True)
     if problem.N <= SKINNY_MAX_ROWS:
@@ -171,6 +183,66 @@ def fit_stages(
     """The deepest pipeline for which `blocks` blocks fit into one multiprocessor's shared memory."""
     stage = (block_m + block_n) * block_k * element_size
     return max(1, min(most, (hardware.shared_memory // blocks - 1024) // stage))
+
+
+# BLOCK_M, BLOCK_N, BLOCK_K, warps, stages, halves of the store; µs that one multiprocessor of an
+# H200 takes for such a tile with K = 4096, bf16 (one full wave, less 2.5 µs for launch and fill).
+_HOPPER_TILES = (
+    (64, 64, 128, 4, 6, False, 8.4),
+    (64, 128, 128, 4, 4, False, 14.3),
+    (64, 256, 64, 4, 5, True, 22.5),
+    (128, 128, 64, 8, 6, True, 22.6),
+    (128, 256, 64, 8, 4, True, 42.0),
+)
+_HOPPER_BYTES_PER_US = 4.2e6
+_HOPPER_REDUCTION_US = 5.0
+
+
+def _hopper(problem: GemmProblem, hardware: Hardware) -> GemmConfig | None:
+    """Descriptor kernels on Hopper; None where another kernel measured better."""
+    if min(problem.M, problem.N) <= 32:
+        if problem.M <= problem.N:
+            return _hopper_skinny(problem.transposed, hardware, swap=True)
+        return _hopper_skinny(problem, hardware, swap=False)
+    read = (problem.M + problem.N) * problem.K * problem.element_size / _HOPPER_BYTES_PER_US
+    best: tuple[float, GemmConfig] | None = None
+    for block_m, block_n, block_k, warps, stages, halves, tile_us in _HOPPER_TILES:
+        tiles = math.ceil(problem.M / block_m) * math.ceil(problem.N / block_n)
+        for split_k in (1, 2, 4):
+            if split_k > 1 and problem.K // split_k < 8 * block_k:
+                break
+            waves = math.ceil(tiles * split_k / hardware.num_sms)
+            compute = 2.5 + waves * tile_us * problem.K / split_k / 4096
+            if split_k > 1:
+                partials = 8 * split_k * problem.M * problem.N / _HOPPER_BYTES_PER_US
+                compute += _HOPPER_REDUCTION_US + partials
+            # Neither hides the other entirely.
+            cost = math.hypot(compute, read)
+            if best is None or cost < best[0]:
+                many = waves >= 5 and block_m * block_n == 32768
+                config = GemmConfig(
+                    "gemm_tma", block_m, block_n, block_k, split_k, 16, warps,
+                    3 if many else stages, store_halves=halves and not many,
+                )  # fmt: skip
+                best = (cost, config)
+    assert best is not None
+    return best[1]
+
+
+def _hopper_skinny(problem: GemmProblem, hardware: Hardware, *, swap: bool) -> GemmConfig | None:
+    """The problem comes with its long side, the weight's rows, as M; N ≤ 32."""
+    block_n = max(next_power_of_2(problem.N), 16)
+    blocks = math.ceil(problem.M / 64)
+    if blocks < hardware.num_sms // 3:
+        return None  # Too few rows to fill the GPU: split-K of the pointer kernel is faster.
+    if blocks >= 3 * hardware.num_sms:
+        shape = (128, block_n, 128, 4)
+    elif problem.K >= 8192:
+        shape = (64, block_n, 128, 8)
+    else:
+        shape = (64, block_n, 256, 4)
+    block_m, block_n, block_k, stages = shape
+    return GemmConfig("gemm_tma", block_m, block_n, block_k, 1, 8, 4, stages, swap)
 
 
 # Tile, warps, blocks that share a multiprocessor, relative speed of the tensor cores on it.

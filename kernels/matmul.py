@@ -8,6 +8,7 @@ from triton_only_backend.errors import UnsupportedProblemError
 from triton_only_backend.kernels import hardware
 from triton_only_backend.kernels.gemm import gemm
 from triton_only_backend.kernels.gemm_configs import GemmProblem, bucket, select_config
+from triton_only_backend.kernels.gemm_tma import fits_descriptor, gemm_tma
 from triton_only_backend.kernels.gemv import gemv
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -77,11 +78,21 @@ def matmul(
         ieee=a.dtype == torch.float32 and precision == "ieee",
         a_k_contiguous=a.stride(2) == 1,
         b_k_contiguous=b.stride(1) == 1,
+        descriptors=batch == 1
+        and a.element_size() == 2
+        and K > 0
+        and fits_descriptor(a[0])
+        and fits_descriptor(b[0]),
     )
     config = select_config(problem, device)
     with hardware.guard(out):
         if config.kernel == "gemv":
             gemv(a, b, bias, out, alpha=alpha, beta=beta, config=config)
+        elif config.kernel == "gemm_tma":
+            gemm_tma(
+                a[0], b[0], None if bias is None else bias[0], out[0],
+                alpha=alpha, beta=beta, config=config, num_sms=device.num_sms,
+            )  # fmt: skip
         else:
             gemm(a, b, bias, out, alpha=alpha, beta=beta, config=config, precision=precision)
 

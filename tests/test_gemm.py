@@ -232,3 +232,41 @@ def test_fp32_precision_follows_torch(precision, device):
     finally:
         torch.set_float32_matmul_precision(before)
     assert error < 1e-6 if precision == "highest" else 1e-5 < error < 1e-3
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("split_k", [1, 3])
+@pytest.mark.parametrize("with_bias", [False, True], ids=["plain", "bias"])
+@pytest.mark.parametrize("a_layout", ["row", "column"])
+@pytest.mark.parametrize("b_layout", ["row", "column"])
+def test_descriptor_kernel(a_layout, b_layout, with_bias, split_k, dtype, device):
+    from triton_only_backend.kernels.gemm_configs import GemmConfig
+    from triton_only_backend.kernels.gemm_tma import fits_descriptor, gemm_tma
+
+    M, N, K = 40, 72, 152
+    a, b = operand(M, K, dtype, a_layout, device), operand(K, N, dtype, b_layout, device)
+    assert fits_descriptor(a) and fits_descriptor(b)
+    bias = operand(1, N, dtype, "row", device).expand(M, N) if with_bias else None
+    vendor = 0.5 * (a @ b) if bias is None else torch.addmm(bias, a, b, alpha=0.5, beta=2)
+    exact = 0.5 * (a.double() @ b.double()) + (0 if bias is None else 2 * bias.double())
+    for swap, halves in ((False, False), (True, False), (False, True)):
+        config = GemmConfig(
+            "gemm_tma", 64, 32, 32, split_k, 8, 4, 3, swap_operands=swap, store_halves=halves
+        )
+        for out in (
+            torch.full((M, N), float("nan"), device=device, dtype=dtype),
+            torch.full((N, M + 1), float("nan"), device=device, dtype=dtype).T[:M],
+        ):
+            gemm_tma(a, b, bias, out, alpha=0.5, beta=2.0, config=config, num_sms=5)
+            assert_as_accurate(out, vendor, exact)
+
+
+def test_descriptors_need_alignment(device):
+    from triton_only_backend.kernels.gemm_tma import fits_descriptor
+
+    matrix = torch.empty(64, 64, device=device, dtype=torch.bfloat16)
+    assert fits_descriptor(matrix) and fits_descriptor(matrix.T)
+    assert not fits_descriptor(matrix[:, 1:])
+    assert not fits_descriptor(matrix[:, ::2])
+    assert not fits_descriptor(torch.empty(64, 65, device=device, dtype=torch.bfloat16))
+    assert not fits_descriptor(matrix[:1].expand(64, 64))
