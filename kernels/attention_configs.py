@@ -103,13 +103,15 @@ def next_power_of_2(number: int) -> int:
     return 1 << max(0, number - 1).bit_length()
 
 
-def without_tma(config: FlashConfig) -> FlashConfig:
+def without_tma(config: FlashConfig, width: int) -> FlashConfig:
     """The same kernel with pointer loads, whose addresses cost about 50 registers a thread.
 
-    128 x 128 with head dimension 128 spilled 128 bytes with pointers and none with descriptors
-    (triton 3.7.1, sm90, causal), hence the smaller key tile.
+    128 x 128 at head dimension 128 spilled 128 bytes with pointers and none with descriptors, 128 x
+    64 at 256 spilled 216 (triton 3.7.1, sm90, causal), hence smaller tiles. `width` is the wider of
+    the padded head dimensions.
     """
-    return replace(config, tma=False, block_n=min(config.block_n, 64))
+    block_m = min(config.block_m, 64) if width > 128 else config.block_m
+    return replace(config, tma=False, block_m=block_m, block_n=min(config.block_n, 64))
 
 
 def uses_decode_kernel(problem: AttentionProblem) -> bool:
@@ -165,7 +167,8 @@ def _flash_preferences(problem: AttentionProblem, hardware: Hardware) -> tuple[F
     if hardware.has_wgmma:
         return _flash_preferences_hopper(problem, hardware, width)
     if width <= 64:
-        return (FlashConfig(128, 64, 8, 3), FlashConfig(128, 32, 8, 2))
+        stages = 2 if problem.has_mask else 3
+        return (FlashConfig(128, 64, 8, stages), FlashConfig(128, 32, 8, 2))
     if width <= 128:
         wide = () if problem.has_mask else (FlashConfig(128, 64, 8, 2),)
         return (*wide, FlashConfig(128, 32, 8, 3), FlashConfig(128, 32, 8, 2))
@@ -224,7 +227,8 @@ def select_decode_config(problem: AttentionProblem, hardware: Hardware) -> Decod
     programs = problem.batch * problem.num_kv_heads * -(-rows // block_g)
     wanted = -(-2 * hardware.num_sms // max(1, programs))
     num_splits = max(1, min(wanted, MAX_SPLITS, problem.len_kv // MIN_SPLIT_KEYS))
-    for block_n, num_stages in ((64, 3), (64, 2), (32, 3), (32, 2), (32, 1), (16, 1)):
+    tiles = ((64, 3), (64, 2), (32, 3), (32, 2), (32, 1), (16, 1))
+    for block_n, num_stages in tiles[2:] if problem.element_size == 4 else tiles:
         config = DecodeConfig(block_n, num_splits, num_warps, num_stages, block_g)
         if decode_shared_memory(problem, config, hardware) <= hardware.shared_memory:
             return config

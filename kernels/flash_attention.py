@@ -446,12 +446,12 @@ def flash_attention(
     num_kv_heads, len_kv, head_dim_v = value.shape[1:]
     if out.numel() == 0:
         return
-    use_tma = config.tma and tma_can_load(key) and tma_can_load(value)
-    if config.tma and not use_tma:
-        config = without_tma(config)
     mask = query if attn_mask is None else attn_mask
     group_size = num_heads // num_kv_heads
     block_d, block_dv = padded_head_dim(head_dim), padded_head_dim(head_dim_v)
+    use_tma = config.tma and tma_can_load(key) and tma_can_load(value)
+    if config.tma and not use_tma:
+        config = without_tma(config, max(block_d, block_dv))
     kv_bytes = len_kv * (head_dim + head_dim_v) * key.element_size()
     section_heads = heads_in_cache(kv_bytes, group_size, batch * num_heads)
     grid = (triton.cdiv(len_q, config.block_m) * batch * num_heads,)

@@ -113,7 +113,8 @@ def gemm_kernel(
                 bias_ptr + pid_b * stride_sb
                 + offs_m[:, None] * stride_sm + offs_n[None, :] * stride_sn
             )  # fmt: skip
-            acc += tl.cast(beta, tl.float32) * tl.load(bias_ptrs, mask=mask, other=0.0).to(tl.float32)
+            bias = tl.load(bias_ptrs, mask=mask, other=0.0).to(tl.float32)
+            acc += tl.cast(beta, tl.float32) * bias
     c_ptrs = (
         c_ptr + split.to(tl.int64) * stride_cs + pid_b * stride_cb
         + offs_m[:, None] * stride_cm + offs_n[None, :] * stride_cn
@@ -171,6 +172,4 @@ def gemm(
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     if split_k > 1:
-        reduce_partials(
-            target, bias, out, alpha=alpha, beta=beta, block=config.reduce_block
-        )
+        reduce_partials(target, bias, out, alpha=alpha, beta=beta, block=config.reduce_block)

@@ -1,4 +1,4 @@
-"""Which GEMM kernel, tile sizes and work decomposition for a problem: pure functions of integers."""
+"""Which GEMM kernel, tile and work decomposition for a problem: pure functions of integers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ class GemmProblem:
         ieee: fp32 operands multiplied exactly, without the tensor cores.
         a_k_contiguous: a's K stride is 1 (row-major a).
         b_k_contiguous: b's K stride is 1 (an `nn.Linear` weight, transposed).
-        descriptors: both operands fit tensor descriptors (see `gemm_tma.fits_descriptor`).
+        aligned: both operands have a unit stride and rows that start at 16-byte boundaries, so that
+            they can be read in 16-byte pieces or through tensor descriptors.
     """
 
     batch: int
@@ -34,7 +35,7 @@ class GemmProblem:
     ieee: bool
     a_k_contiguous: bool
     b_k_contiguous: bool
-    descriptors: bool = False
+    aligned: bool = True
 
     @property
     def transposed(self) -> GemmProblem:
@@ -91,13 +92,15 @@ def select_config(problem: GemmProblem, hardware: Hardware) -> GemmConfig:
     """The configuration the heuristic chooses."""
     if hardware.is_interpreter:
         return _interpreted(problem)
+    if not problem.aligned:
+        return _unaligned(problem, hardware)
     if problem.M <= GEMV_MAX_ROWS and problem.M <= problem.N:
         return _gemv(problem, hardware, swap=False)
     if problem.N <= GEMV_MAX_ROWS:
         return _gemv(problem.transposed, hardware, swap=True)
     if problem.ieee:
         return _ieee(problem, hardware)
-    if problem.descriptors and hardware.has_wgmma and problem.batch == 1:
+    if problem.aligned and problem.element_size == 2 and hardware.has_wgmma and problem.batch == 1:
         config = _hopper(problem, hardware)
         if config is not None:
             return config
@@ -116,12 +119,32 @@ def _interpreted(problem: GemmProblem) -> GemmConfig:
     return GemmConfig("gemm", block_m, block_n, block_k, 1, 1, 4, 1, reduce_block=65536)
 
 
+def select_gemv(problem: GemmProblem, hardware: Hardware) -> GemmConfig:
+    """The configuration for several K-contiguous matrices side by side, without split-K."""
+    if hardware.is_interpreter:
+        block_k = min(max(next_power_of_2(problem.K), 16), 1024)
+        return GemmConfig("gemv", 1, 256, block_k, 1, 1, 4, 1)
+    return replace(_gemv(problem, hardware, swap=False), split_k=1)
+
+
 def split_k_for(blocks: int, k_iterations: int, target_blocks: int, minimum: int = 4) -> int:
-    """The smallest power-of-two split that fills `target_blocks`, each with ≥ minimum iterations."""
+    """The least power-of-two split that fills `target_blocks`, each with ≥ minimum iterations."""
     split_k = 1
     while blocks * split_k < target_blocks and k_iterations // (split_k * 2) >= minimum:
         split_k *= 2
     return split_k
+
+
+def _unaligned(problem: GemmProblem, hardware: Hardware) -> GemmConfig:
+    """Each element has a pointer of its own in registers: small blocks, or they spill."""
+    swap = problem.M < problem.N
+    if swap:
+        problem = problem.transposed
+    block_m = min(64, max(next_power_of_2(problem.M), 16))
+    block_n = min(32, max(next_power_of_2(problem.N), 16))
+    blocks = problem.batch * math.ceil(problem.M / block_m) * math.ceil(problem.N / block_n)
+    split_k = split_k_for(blocks, math.ceil(problem.K / 32), hardware.num_sms)
+    return GemmConfig("gemm", block_m, block_n, 32, split_k, 8, 4, 2, swap)
 
 
 def _gemv(problem: GemmProblem, hardware: Hardware, *, swap: bool) -> GemmConfig:
@@ -166,7 +189,7 @@ def _ieee(problem: GemmProblem, hardware: Hardware) -> GemmConfig:
     block_n = min(64, max(next_power_of_2(problem.N), 16))
     blocks = problem.batch * math.ceil(problem.M / block_m) * math.ceil(problem.N / block_n)
     split_k = split_k_for(blocks, math.ceil(problem.K / 32), hardware.num_sms)
-    stages = fit_stages(hardware, block_m, block_n, 32, 4, most=3, blocks=1)
+    stages = fit_stages(hardware, block_m, block_n, 32, 4, most=2, blocks=1)
     return GemmConfig("gemm", block_m, block_n, 32, split_k, 8, 4, stages)
 
 
@@ -180,7 +203,7 @@ def fit_stages(
     most: int,
     blocks: int,
 ) -> int:
-    """The deepest pipeline for which `blocks` blocks fit into one multiprocessor's shared memory."""
+    """The deepest pipeline with which `blocks` blocks share one multiprocessor's memory."""
     stage = (block_m + block_n) * block_k * element_size
     return max(1, min(most, (hardware.shared_memory // blocks - 1024) // stage))
 
@@ -257,10 +280,12 @@ _LARGE_TILES = (
 
 
 def _large(problem: GemmProblem, hardware: Hardware) -> GemmConfig:
-    """The tile and split with the least time by a small model: waves × work of a tile + reduction."""
+    """The tile and split with the least time by a model: waves × work of a tile + reduction."""
     best: tuple[float, GemmConfig] | None = None
     block_k = 128 // problem.element_size
     for block_m, block_n, warps, resident, speed in _LARGE_TILES:
+        if block_m * block_n > 16384 and not hardware.has_wgmma:
+            continue  # mma.sync keeps operands in registers too, and spills.
         stages = fit_stages(
             hardware, block_m, block_n, block_k, problem.element_size, most=4, blocks=resident
         )

@@ -46,9 +46,7 @@ def gemm_tma_kernel(
     tiles = grid_m * grid_n
     k_tiles = tl.cdiv(K, BLOCK_K)
     k_run = tl.cdiv(k_tiles, SPLIT_K)
-    for work in tl.range(
-        tl.program_id(0), tiles * SPLIT_K, tl.num_programs(0), flatten=FLATTEN
-    ):
+    for work in tl.range(tl.program_id(0), tiles * SPLIT_K, tl.num_programs(0), flatten=FLATTEN):
         split = work // tiles
         pid_m, pid_n = grouped_tile(work % tiles, grid_m, grid_n, GROUP_M)
         row = pid_m * BLOCK_M
@@ -90,22 +88,10 @@ def gemm_tma_kernel(
                     acc += tl.cast(beta, tl.float32) * bias
             c_ptrs = (
                 c_ptr + split.to(tl.int64) * stride_cs
-                + offs_m.to(tl.int64)[:, None] * stride_cm + offs_n.to(tl.int64)[None, :] * stride_cn
+                + offs_m.to(tl.int64)[:, None] * stride_cm
+                + offs_n.to(tl.int64)[None, :] * stride_cn
             )  # fmt: skip
             tl.store(c_ptrs, acc.to(c_ptr.dtype.element_ty), mask=mask)
-
-
-def fits_descriptor(matrix: torch.Tensor) -> bool:
-    """Whether TMA can read a (rows, columns) matrix: one unit stride, the rest 16-byte aligned."""
-    rows, columns = matrix.stride()
-    if rows == 1:
-        rows, columns = columns, rows
-    return (
-        columns == 1
-        and rows > 0
-        and rows * matrix.element_size() % 16 == 0
-        and matrix.data_ptr() % 16 == 0
-    )
 
 
 def _descriptor(matrix: torch.Tensor, block: tuple[int, int]) -> tuple[TensorDescriptor, bool]:
@@ -129,8 +115,8 @@ def gemm_tma(
     """Writes alpha · a @ b + beta · bias to `out`.
 
     Args:
-        a: (M, K), fp16 or bf16; must fit a descriptor.
-        b: (K, N), a's dtype; must fit a descriptor.
+        a: (M, K), fp16 or bf16; a unit stride and 16-byte aligned rows.
+        b: (K, N), a's dtype, likewise.
         bias: (M, N), any strides (0 where it broadcasts), or None.
         out: (M, N), any strides without overlap.
         alpha: factor of the product.
@@ -149,7 +135,12 @@ def gemm_tma(
     target = out
     if split_k > 1:
         target = torch.empty((split_k, 1, M, N), dtype=torch.float32, device=out.device)
-    store_tma = bias is None and split_k == 1 and out.stride(1) == 1 and fits_descriptor(out)
+    store_tma = (
+        bias is None
+        and split_k == 1
+        and out.stride(1) == 1
+        and out.stride(0) * out.element_size() % 16 == 0
+    )
     store_block = [config.block_m, config.block_n // (1 + config.store_halves)]
     tiles = triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n) * split_k
     programs = min(tiles, num_sms * config.resident)

@@ -2,10 +2,10 @@
 
     out[b, m, n] = alpha · Σ_k a[b, m, k] · b[b, k, n]  +  beta · bias[b, m, n],   M ≤ 2
 
-Reading the weight b once is all the time there is, and it is fastest as a plain stream: each program
-owns BLOCK_N columns, keeps ROWS × BLOCK_N × BLOCK_K fp32 sums in registers and reduces them once, at
-the end. The loop must ask for its pipeline itself (`tl.range(num_stages=…)`): for a loop with no
-`tl.dot` Triton ignores the launch's num_stages.
+Reading the weight b once is all the time there is, and it is fastest as a plain stream: each
+program owns BLOCK_N columns, keeps ROWS × BLOCK_N × BLOCK_K fp32 sums in registers and reduces them
+once, at the end. The loop must ask for its pipeline itself (`tl.range(num_stages=…)`): for a loop
+with no `tl.dot` Triton ignores the launch's num_stages.
 """
 
 from __future__ import annotations
@@ -20,33 +20,30 @@ from triton_only_backend.kernels.gemm import can_overflow_int32
 from triton_only_backend.kernels.split_k import reduce_partials
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from triton_only_backend.kernels.gemm_configs import GemmConfig
 
 
 @triton.jit
-def gemv_kernel(
+def gemv_tile(
     a_ptr, b_ptr, bias_ptr, c_ptr,
-    N, K, batch,
-    stride_ab, stride_am, stride_ak,
-    stride_bb, stride_bk, stride_bn,
-    stride_sb, stride_sm, stride_sn,
-    stride_cs, stride_cb, stride_cm, stride_cn,
+    tile, split, N, K,
+    stride_am, stride_ak, stride_bk, stride_bn,
+    stride_sm, stride_sn, stride_cm, stride_cn,
     alpha, beta,
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr,
     EVEN_K: tl.constexpr, HAS_BIAS: tl.constexpr, WIDE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    tiles = tl.cdiv(N, BLOCK_N)
-    pid = tl.program_id(0)
-    split = tl.program_id(1)
-    pid_b = (pid // tiles).to(tl.int64)
-    offs_n = (pid % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
+    """BLOCK_N columns of the product of one matrix."""
+    offs_n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = split * BLOCK_K + tl.arange(0, BLOCK_K)
     if WIDE:
         offs_n = offs_n.to(tl.int64)
         offs_k = offs_k.to(tl.int64)
     mask_n = offs_n < N
-    a_ptrs = a_ptr + pid_b * stride_ab + offs_k * stride_ak
-    b_ptrs = b_ptr + pid_b * stride_bb + offs_n[:, None] * stride_bn + offs_k[None, :] * stride_bk
+    a_ptrs = a_ptr + offs_k * stride_ak
+    b_ptrs = b_ptr + offs_n[:, None] * stride_bn + offs_k[None, :] * stride_bk
     step_k: tl.constexpr = BLOCK_K * SPLIT_K
     step_a = step_k * stride_ak
     step_b = step_k * stride_bk
@@ -70,8 +67,8 @@ def gemv_kernel(
         a_ptrs += step_a
         b_ptrs += step_b
 
-    c_ptrs = c_ptr + split.to(tl.int64) * stride_cs + pid_b * stride_cb + offs_n * stride_cn
-    bias_ptrs = bias_ptr + pid_b * stride_sb + offs_n * stride_sn
+    c_ptrs = c_ptr + offs_n * stride_cn
+    bias_ptrs = bias_ptr + offs_n * stride_sn
     for row in tl.static_range(0, ROWS):
         if row == 0:
             result = tl.sum(acc0, axis=1)
@@ -83,6 +80,65 @@ def gemv_kernel(
                 bias = tl.load(bias_ptrs + row * stride_sm, mask=mask_n, other=0.0)
                 result += tl.cast(beta, tl.float32) * bias.to(tl.float32)
         tl.store(c_ptrs + row * stride_cm, result.to(c_ptr.dtype.element_ty), mask=mask_n)
+
+
+@triton.jit
+def gemv_kernel(
+    a_ptr, b_ptr, bias_ptr, c_ptr,
+    N, K,
+    stride_ab, stride_am, stride_ak,
+    stride_bb, stride_bk, stride_bn,
+    stride_sb, stride_sm, stride_sn,
+    stride_cs, stride_cb, stride_cm, stride_cn,
+    alpha, beta,
+    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr,
+    EVEN_K: tl.constexpr, HAS_BIAS: tl.constexpr, WIDE: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    tiles = tl.cdiv(N, BLOCK_N)
+    pid = tl.program_id(0)
+    split = tl.program_id(1)
+    pid_b = (pid // tiles).to(tl.int64)
+    gemv_tile(
+        a_ptr + pid_b * stride_ab, b_ptr + pid_b * stride_bb, bias_ptr + pid_b * stride_sb,
+        c_ptr + split.to(tl.int64) * stride_cs + pid_b * stride_cb,
+        pid % tiles, split, N, K,
+        stride_am, stride_ak, stride_bk, stride_bn,
+        stride_sm, stride_sn, stride_cm, stride_cn, alpha, beta,
+        ROWS, BLOCK_N, BLOCK_K, SPLIT_K, EVEN_K, HAS_BIAS, WIDE, STAGES,
+    )  # fmt: skip
+
+
+@triton.jit
+def gemv_many_kernel(
+    a_ptr, w0_ptr, w1_ptr, w2_ptr, bias0_ptr, bias1_ptr, bias2_ptr, c0_ptr, c1_ptr, c2_ptr,
+    N0, N1, N2, K,
+    stride_am, stride_ak, stride_w0, stride_w1, stride_w2,
+    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr, HAS_BIAS: tl.constexpr, WIDE: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    # A branch a matrix, rather than a chosen pointer: Triton keeps what it knows of each
+    # argument's alignment, and with it the 16-byte loads.
+    pid = tl.program_id(0)
+    tiles0 = tl.cdiv(N0, BLOCK_N)
+    tiles1 = tl.cdiv(N1, BLOCK_N)
+    if pid < tiles0:
+        gemv_tile(
+            a_ptr, w0_ptr, bias0_ptr, c0_ptr, pid, 0, N0, K,
+            stride_am, stride_ak, 1, stride_w0, 0, 1, N0, 1, 1.0, 1.0,
+            ROWS, BLOCK_N, BLOCK_K, 1, EVEN_K, HAS_BIAS, WIDE, STAGES,
+        )  # fmt: skip
+    elif pid < tiles0 + tiles1:
+        gemv_tile(
+            a_ptr, w1_ptr, bias1_ptr, c1_ptr, pid - tiles0, 0, N1, K,
+            stride_am, stride_ak, 1, stride_w1, 0, 1, N1, 1, 1.0, 1.0,
+            ROWS, BLOCK_N, BLOCK_K, 1, EVEN_K, HAS_BIAS, WIDE, STAGES,
+        )  # fmt: skip
+    else:
+        gemv_tile(
+            a_ptr, w2_ptr, bias2_ptr, c2_ptr, pid - tiles0 - tiles1, 0, N2, K,
+            stride_am, stride_ak, 1, stride_w2, 0, 1, N2, 1, 1.0, 1.0,
+            ROWS, BLOCK_N, BLOCK_K, 1, EVEN_K, HAS_BIAS, WIDE, STAGES,
+        )  # fmt: skip
 
 
 def gemv(
@@ -120,7 +176,7 @@ def gemv(
         target_strides = target.stride()
     gemv_kernel[(triton.cdiv(N, config.block_n) * batch, split_k)](
         a, b, a if bias is None else bias, target,
-        N, K, batch,
+        N, K,
         *a.stride(),
         *b.stride(),
         *((0, 0, 0) if bias is None else bias.stride()),
@@ -133,6 +189,37 @@ def gemv(
         STAGES=config.num_stages, num_warps=config.num_warps,
     )  # fmt: skip
     if split_k > 1:
-        reduce_partials(
-            target, bias, out, alpha=alpha, beta=beta, block=config.reduce_block
-        )
+        reduce_partials(target, bias, out, alpha=alpha, beta=beta, block=config.reduce_block)
+
+
+def gemv_many(
+    a: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor] | None,
+    outs: Sequence[torch.Tensor],
+    *,
+    config: GemmConfig,
+) -> None:
+    """Writes a @ weightᵀ (+ bias) to each of `outs`, in one launch.
+
+    Args:
+        a: (M, K), M ≤ 2, fp16, bf16 or fp32, any strides.
+        weights: two or three of (N_i, K), a's dtype, K-contiguous.
+        biases: as many of (N_i,), contiguous, or None.
+        outs: as many of (M, N_i), contiguous.
+        config: block_n, block_k, num_warps and num_stages are used.
+    """
+    M, K = a.shape
+    # The kernel has three places; the third of two is never reached: it has no columns.
+    w, c, s = ([*x, x[0]][:3] for x in (weights, outs, biases or outs))
+    columns = [*(weight.shape[0] for weight in weights), 0][:3]
+    tiles = sum(triton.cdiv(n, config.block_n) for n in columns)
+    gemv_many_kernel[(tiles,)](
+        a, *w, *s, *c,
+        *columns, K,
+        *a.stride(), *(weight.stride(0) for weight in w),
+        ROWS=M, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
+        EVEN_K=K % config.block_k == 0, HAS_BIAS=biases is not None,
+        WIDE=can_overflow_int32(a, *weights), STAGES=config.num_stages,
+        num_warps=config.num_warps,
+    )  # fmt: skip

@@ -85,16 +85,19 @@ def _attention(
     enable_gqa: bool = False,
 ) -> Tensor:
     """Autograd's `attention`: with a gradient to come, the forward that keeps the log-sum-exp."""
+    output: Tensor
     arguments = {"is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
     tensors = (query, key, value) if attn_mask is None else (query, key, value, attn_mask)
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         sdpa = load("sdpa")
         sdpa.check(query, key, value, attn_mask)
         expanded = sdpa.expand_operands(query, key, value, enable_gqa)
-        output: Tensor = torch.ops.triton_only.attention_forward(*expanded, attn_mask, **arguments)[0]
+        pair = torch.ops.triton_only.attention_forward(*expanded, attn_mask, **arguments)
+        output = pair[0]
         return output
     with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.triton_only.attention(query, key, value, attn_mask, **arguments)
+        output = torch.ops.triton_only.attention(query, key, value, attn_mask, **arguments)
+    return output
 
 
 def register(library: torch.library.Library) -> None:

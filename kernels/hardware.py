@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from triton_only_backend.errors import DeviceError
 
@@ -55,6 +55,7 @@ def of(device: torch.device) -> Hardware:
     """
     import torch
 
+    properties: Any
     if device.type == "cpu":
         from triton_only_backend import interpreter
 

@@ -1,7 +1,7 @@
 """Loads kernel modules on first use: registering the ops stays light, and needs no Triton yet.
 
-Whether `@triton.jit` compiles or interprets is decided where a kernel is defined, so the interpreter
-is switched on here, before the first kernel module is imported.
+Whether `@triton.jit` compiles or interprets is decided where a kernel is defined, so the
+interpreter is switched on here, before the first kernel module is imported.
 """
 
 from __future__ import annotations

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from triton_only_backend.errors import UnsupportedProblemError
 from triton_only_backend.kernels import hardware
 from triton_only_backend.kernels.gemm import gemm
-from triton_only_backend.kernels.gemm_configs import GemmProblem, bucket, select_config
-from triton_only_backend.kernels.gemm_tma import fits_descriptor, gemm_tma
-from triton_only_backend.kernels.gemv import gemv
+from triton_only_backend.kernels.gemm_configs import (
+    GEMV_MAX_ROWS,
+    GemmProblem,
+    bucket,
+    select_config,
+    select_gemv,
+)
+from triton_only_backend.kernels.gemm_tma import gemm_tma
+from triton_only_backend.kernels.gemv import gemv, gemv_many
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -37,6 +48,21 @@ def check_operands(op: str, *operands: torch.Tensor) -> None:
     raise UnsupportedProblemError(
         f"triton_only.{op}: operands {described} are not supported; "
         "cast them to one of float16, bfloat16 or float32"
+    )
+
+
+def is_aligned(operand: torch.Tensor) -> bool:
+    """Whether a (B, rows, columns) operand can be read in 16-byte pieces along its unit stride."""
+    batch, rows, columns = operand.stride()
+    if rows == 1:
+        rows, columns = columns, rows
+    size = operand.element_size()
+    return (
+        columns == 1
+        and rows > 0
+        and rows * size % 16 == 0
+        and batch * size % 16 == 0
+        and operand.data_ptr() % 16 == 0
     )
 
 
@@ -78,11 +104,7 @@ def matmul(
         ieee=a.dtype == torch.float32 and precision == "ieee",
         a_k_contiguous=a.stride(2) == 1,
         b_k_contiguous=b.stride(1) == 1,
-        descriptors=batch == 1
-        and a.element_size() == 2
-        and K > 0
-        and fits_descriptor(a[0])
-        and fits_descriptor(b[0]),
+        aligned=is_aligned(a) and is_aligned(b),
     )
     config = select_config(problem, device)
     with hardware.guard(out):
@@ -96,3 +118,43 @@ def matmul(
         else:
             gemm(a, b, bias, out, alpha=alpha, beta=beta, config=config, precision=precision)
 
+
+def linear_many(
+    a: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor] | None,
+    outs: Sequence[torch.Tensor],
+) -> None:
+    """Writes a @ weightᵀ (+ bias) to each of `outs`: in one launch where that is faster.
+
+    Args:
+        a: (M, K), fp16, bf16 or fp32, any strides.
+        weights: (N_i, K), a's dtype, any strides.
+        biases: (N_i,) each, or None.
+        outs: (M, N_i) each, contiguous.
+    """
+    M, K = a.shape
+    device = hardware.of(a.device)
+    one_launch = (
+        0 < M <= GEMV_MAX_ROWS
+        and 2 <= len(weights) <= 3
+        and all(w.stride(1) == 1 and w.shape[0] > 0 and is_aligned(w[None]) for w in weights)
+        and all(b.stride(0) == 1 for b in biases or ())
+    )
+    if not one_launch:
+        for i, (weight, out) in enumerate(zip(weights, outs, strict=True)):
+            bias = None if biases is None else biases[i]
+            matmul(a[None], weight.T[None], bias, out[None])
+        return
+    problem = GemmProblem(
+        batch=1,
+        M=M,
+        N=sum(w.shape[0] for w in weights),
+        K=K,
+        element_size=a.element_size(),
+        ieee=a.dtype == torch.float32,
+        a_k_contiguous=True,
+        b_k_contiguous=True,
+    )
+    with hardware.guard(a):
+        gemv_many(a, weights, biases, outs, config=select_gemv(problem, device))

@@ -4,6 +4,7 @@
     triton_only::addmm(bias, a, b)                beta · bias + alpha · a @ b
     triton_only::bmm(a, b)                        (B, M, K) @ (B, K, N)
     triton_only::baddbmm(bias, a, b)              beta · bias + alpha · a @ b
+    triton_only::linear_many(a, weights, biases)  a @ weightᵀ + bias for several weights at once
     triton_only::attention(q, k, v, mask)         scaled dot-product attention
     triton_only::attention_forward(q, k, v, mask) the same, with its log-sum-exp for the backward
     triton_only::attention_backward(…)            gradients of q, k and v
@@ -38,6 +39,7 @@ SCHEMAS = (
     "bmm(Tensor a, Tensor b, *, ScalarType? out_dtype=None) -> Tensor",
     "baddbmm(Tensor bias, Tensor a, Tensor b, *, Scalar beta=1, Scalar alpha=1, "
     "ScalarType? out_dtype=None) -> Tensor",
+    "linear_many(Tensor a, Tensor[] weights, Tensor[] biases) -> Tensor[]",
     f"attention({_ATTENTION_ARGUMENTS}) -> Tensor",
     f"attention_forward({_ATTENTION_ARGUMENTS}) -> (Tensor output, Tensor logsumexp)",
     "attention_backward(Tensor grad_output, Tensor query, Tensor key, Tensor value, "
@@ -52,13 +54,17 @@ def _check_product(op: str, a: Tensor, b: Tensor, dim: int) -> None:
     load("matmul").check_operands(op, a, b)
     torch._check(
         a.dim() == dim and b.dim() == dim,
-        lambda: f"triton_only.{op}: operands must have {dim} dimensions, "
-        f"got {list(a.shape)} and {list(b.shape)}",
+        lambda: (
+            f"triton_only.{op}: operands must have {dim} dimensions, "
+            f"got {list(a.shape)} and {list(b.shape)}"
+        ),
     )
     torch._check(
         a.shape[-1] == b.shape[-2],
-        lambda: f"triton_only.{op}: {list(a.shape)} and {list(b.shape)} do not multiply; "
-        "the last dimension of the first must equal the one before last of the second",
+        lambda: (
+            f"triton_only.{op}: {list(a.shape)} and {list(b.shape)} do not multiply; "
+            "the last dimension of the first must equal the one before last of the second"
+        ),
     )
     if dim == 3:
         torch._check(
@@ -126,6 +132,22 @@ def _baddbmm(
     return out
 
 
+def _empty_linear_many(a: Tensor, weights: list[Tensor]) -> list[Tensor]:
+    for weight in weights:
+        _check_product("linear_many", a, weight.T, 2)
+    return [a.new_empty((a.shape[0], weight.shape[0])) for weight in weights]
+
+
+def _linear_many(a: Tensor, weights: list[Tensor], biases: list[Tensor]) -> list[Tensor]:
+    outs = _empty_linear_many(a, weights)
+    load("matmul").linear_many(a, weights, biases or None, outs)
+    return outs
+
+
+def _fake_linear_many(a: Tensor, weights: list[Tensor], biases: list[Tensor]) -> list[Tensor]:
+    return _empty_linear_many(a, weights)
+
+
 def _fake_mm(op: str, dim: int) -> Any:
     def fake(a: Tensor, b: Tensor, *, out_dtype: torch.dtype | None = None) -> Tensor:
         _check_product(op, a, b, dim)
@@ -162,7 +184,7 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    output, _ = load("sdpa").forward(
+    output: Tensor = load("sdpa").forward(
         query,
         key,
         value,
@@ -171,7 +193,7 @@ def _attention(
         scale=scale,
         enable_gqa=enable_gqa,
         with_logsumexp=False,
-    )
+    )[0]
     return output
 
 
@@ -212,7 +234,7 @@ def _attention_backward(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return load("sdpa").backward(
+    gradients_: tuple[Tensor, Tensor, Tensor] = load("sdpa").backward(
         grad_output,
         query,
         key,
@@ -224,6 +246,7 @@ def _attention_backward(
         scale=scale,
         enable_gqa=enable_gqa,
     )
+    return gradients_
 
 
 def _fake_attention_forward(
@@ -257,6 +280,7 @@ IMPLEMENTATIONS = {
     "addmm": (_addmm, _fake_addmm("addmm", 2)),
     "bmm": (_bmm, _fake_mm("bmm", 3)),
     "baddbmm": (_baddbmm, _fake_addmm("baddbmm", 3)),
+    "linear_many": (_linear_many, _fake_linear_many),
     "attention": (_attention, _fake_attention),
     "attention_forward": (_attention_forward, _fake_attention_forward),
     "attention_backward": (_attention_backward, _fake_attention_backward),

@@ -70,10 +70,14 @@ def check(
         refuse(f"head dimensions over {MAX_HEAD_DIM}", "split the heads or use bmm and softmax")
     torch._check(
         query.shape[-1] == key.shape[-1] and key.shape[-2] == value.shape[-2],
-        lambda: "triton_only.attention: query and key must share their last dimension, key and "
-        f"value their length; got {list(query.shape)}, {list(key.shape)}, {list(value.shape)}",
+        lambda: (
+            "triton_only.attention: query and key must share their last dimension, key and "
+            f"value their length; got {list(query.shape)}, {list(key.shape)}, {list(value.shape)}"
+        ),
     )
-    if attn_mask is not None and not (attn_mask.dtype == torch.bool or attn_mask.is_floating_point()):
+    if attn_mask is not None and not (
+        attn_mask.dtype == torch.bool or attn_mask.is_floating_point()
+    ):
         refuse(f"a {attn_mask.dtype} mask", "pass a boolean or float mask")
 
 
@@ -82,8 +86,10 @@ def lead_shape(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> t
     skip = 3 if enable_gqa else 2
     torch._check(
         query.dim() >= skip,
-        lambda: "triton_only.attention: enable_gqa needs (…, heads, length, head_dim), "
-        f"got {list(query.shape)}",
+        lambda: (
+            "triton_only.attention: enable_gqa needs (…, heads, length, head_dim), "
+            f"got {list(query.shape)}"
+        ),
     )
     if query.shape[:-skip] == key.shape[:-skip] == value.shape[:-skip]:
         return tuple(query.shape[:-2])
@@ -93,7 +99,7 @@ def lead_shape(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> t
 
 
 def _to_4d(tensor: Tensor, lead: tuple[int, ...]) -> Tensor:
-    """A view with two leading dimensions; more than two are flattened (a copy if strides forbid)."""
+    """A view with two leading dimensions; more are flattened (a copy if the strides forbid)."""
     tensor = tensor.expand(*lead, *tensor.shape[-2:])
     if tensor.dim() == 4:
         return tensor
@@ -109,21 +115,22 @@ def operands(
     lead = lead_shape(query, key, value, enable_gqa)
     kv_lead = (*lead[:-1], key.shape[-3]) if enable_gqa else lead
     torch._check(
-        not enable_gqa or (query.shape[-3] % key.shape[-3] == 0 and key.shape[-3] == value.shape[-3]),
-        lambda: f"triton_only.attention: {query.shape[-3]} query heads cannot share "
-        f"{key.shape[-3]} key and {value.shape[-3]} value heads evenly",
+        not enable_gqa
+        or (query.shape[-3] % key.shape[-3] == 0 and key.shape[-3] == value.shape[-3]),
+        lambda: (
+            f"triton_only.attention: {query.shape[-3]} query heads cannot share "
+            f"{key.shape[-3]} key and {value.shape[-3]} value heads evenly"
+        ),
     )
     mask = None
     if attn_mask is not None:
         mask = attn_mask.expand(*lead, query.shape[-2], key.shape[-2])
         mask = _to_4d(mask, lead)
-    return Operands(
-        _to_4d(query, lead), _to_4d(key, kv_lead), _to_4d(value, kv_lead), mask, lead
-    )
+    return Operands(_to_4d(query, lead), _to_4d(key, kv_lead), _to_4d(value, kv_lead), mask, lead)
 
 
 def empty_output(query: Tensor, lead: tuple[int, ...], head_dim_v: int) -> Tensor:
-    """(*lead, L_q, D_v), laid out as (…, L_q, heads, D_v): the head merge that follows is a view."""
+    """(*lead, L_q, D_v), laid out (…, L_q, heads, D_v): merging the heads next is a view."""
     length = query.shape[-2]
     if len(lead) == 0:
         return query.new_empty((length, head_dim_v))

@@ -1,8 +1,7 @@
 """Compiles kernels for GPUs that are not there, by calling their host functions on CPU tensors.
 
-A stand-in driver names the target; every launch becomes a compilation only. Runs in a process of its
-own, with the interpreter off: `python tests/cross_compile.py` is not meant for hand use, the tests
-import it there.
+A stand-in driver names the target; every launch becomes a compilation only. The tests import this
+in a process of its own, with the interpreter off.
 """
 
 from __future__ import annotations

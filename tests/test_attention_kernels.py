@@ -109,7 +109,9 @@ def check(kernel, query, key, value, attn_mask=None, is_causal=False, scale=None
     if torch_out.isnan().any():
         # torch's CPU kernel yields NaN for a causal mask and a scale below or at 0 (torch 2.13).
         torch_error = 4 * unit
-    assert error <= 2 * torch_error + unit, f"error {error:.3g}, torch's {torch_error:.3g}"
+    # In fp32 the GPU's ex2.approx alone is off by up to 2 units in the last place (PTX ISA).
+    granted = 4 * unit if query.dtype == torch.float32 else unit
+    assert error <= 2 * torch_error + granted, f"error {error:.3g}, torch's {torch_error:.3g}"
     torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=1e-5)
 
 
@@ -374,7 +376,8 @@ def check_gradients(query, key, value, attn_mask=None, is_causal=False, scale=No
         error = (grad.double() - exact_grad).abs().max().item()
         torch_error = (torch_grad.double() - exact_grad).nan_to_num(0.0).abs().max().item()
         unit = torch.finfo(grad.dtype).eps * max(1.0, exact_grad.abs().max().item())
-        assert error <= 2 * torch_error + 4 * unit, (
+        granted = 8 * unit if grad.dtype == torch.float32 else 4 * unit
+        assert error <= 2 * torch_error + granted, (
             f"gradient of {name}: error {error:.3g}, torch's {torch_error:.3g}"
         )
 

@@ -83,9 +83,7 @@ def test_zero_sizes(shape, device):
     a, b = torch.randn(M, K, device=device), torch.randn(K, N, device=device)
     bias = torch.randn(N, device=device)
     torch.testing.assert_close(ours.mm(a, b), a @ b)
-    torch.testing.assert_close(
-        ours.addmm(bias, a, b, beta=0.5), torch.addmm(bias, a, b, beta=0.5)
-    )
+    torch.testing.assert_close(ours.addmm(bias, a, b, beta=0.5), torch.addmm(bias, a, b, beta=0.5))
 
 
 BIASES = [(21,), (1,), (1, 21), (5, 1), (5, 21), (1, 1), ()]
@@ -241,11 +239,12 @@ def test_fp32_precision_follows_torch(precision, device):
 @pytest.mark.parametrize("b_layout", ["row", "column"])
 def test_descriptor_kernel(a_layout, b_layout, with_bias, split_k, dtype, device):
     from triton_only_backend.kernels.gemm_configs import GemmConfig
-    from triton_only_backend.kernels.gemm_tma import fits_descriptor, gemm_tma
+    from triton_only_backend.kernels.gemm_tma import gemm_tma
+    from triton_only_backend.kernels.matmul import is_aligned
 
     M, N, K = 40, 72, 152
     a, b = operand(M, K, dtype, a_layout, device), operand(K, N, dtype, b_layout, device)
-    assert fits_descriptor(a) and fits_descriptor(b)
+    assert is_aligned(a[None]) and is_aligned(b[None])
     bias = operand(1, N, dtype, "row", device).expand(M, N) if with_bias else None
     vendor = 0.5 * (a @ b) if bias is None else torch.addmm(bias, a, b, alpha=0.5, beta=2)
     exact = 0.5 * (a.double() @ b.double()) + (0 if bias is None else 2 * bias.double())
@@ -261,12 +260,14 @@ def test_descriptor_kernel(a_layout, b_layout, with_bias, split_k, dtype, device
             assert_as_accurate(out, vendor, exact)
 
 
-def test_descriptors_need_alignment(device):
-    from triton_only_backend.kernels.gemm_tma import fits_descriptor
+def test_alignment(device):
+    from triton_only_backend.kernels.matmul import is_aligned
 
-    matrix = torch.empty(64, 64, device=device, dtype=torch.bfloat16)
-    assert fits_descriptor(matrix) and fits_descriptor(matrix.T)
-    assert not fits_descriptor(matrix[:, 1:])
-    assert not fits_descriptor(matrix[:, ::2])
-    assert not fits_descriptor(torch.empty(64, 65, device=device, dtype=torch.bfloat16))
-    assert not fits_descriptor(matrix[:1].expand(64, 64))
+    matrix = torch.empty(2, 64, 64, device=device, dtype=torch.bfloat16)
+    assert is_aligned(matrix)
+    assert is_aligned(matrix.mT)
+    assert is_aligned(matrix[:1].expand(2, 64, 64))
+    assert not is_aligned(matrix[:, :, 1:])
+    assert not is_aligned(matrix[:, :, ::2])
+    assert not is_aligned(matrix[:, :1].expand(2, 64, 64))
+    assert not is_aligned(torch.empty(1, 64, 65, device=device, dtype=torch.bfloat16))
