@@ -38,6 +38,40 @@ def test_dot_multiplies_numbers_not_bits(dtype):
     torch.testing.assert_close(c, a.float() @ b.float(), rtol=1e-6, atol=1e-5)
 
 
+@triton.jit
+def first_of_largest(a, i, b, j):
+    take = (a > b) | ((a == b) & (i < j))
+    return tl.where(take, a, b), tl.where(take, i, j)
+
+
+@triton.jit
+def keep_left(a, b):
+    return a
+
+
+@triton.jit
+def reduce_kernel(x_ptr, value_ptr, index_ptr, left_ptr, M: tl.constexpr, N: tl.constexpr):
+    m = tl.arange(0, M)
+    n = tl.arange(0, N)
+    x = tl.load(x_ptr + m[:, None] * N + n[None, :])
+    columns = tl.broadcast_to(n[None, :], (M, N))
+    value, index = tl.reduce((x, columns), 1, first_of_largest)
+    tl.store(value_ptr + m, value)
+    tl.store(index_ptr + m, index)
+    left = tl.reduce(x, 0, keep_left, keep_dims=True)
+    tl.store(left_ptr + n[None, :], left)
+
+
+@pytest.mark.parametrize("N", [1, 2, 64])
+def test_reductions_with_their_own_combine_function(N):
+    x = torch.randint(0, 5, (4, N)).float()  # many ties
+    value, index, left = torch.empty(4), torch.empty(4, dtype=torch.int32), torch.empty(N)
+    reduce_kernel[(1,)](x, value, index, left, 4, N)
+    assert torch.equal(value, x.max(1).values)
+    assert index.tolist() == [row.index(max(row)) for row in x.tolist()]
+    assert torch.equal(left, x[0])  # keeps its order: the first operand is the earlier element
+
+
 SPECIAL = [0.0, -0.0, float("inf"), float("-inf"), float("nan"), 1e-40, 3.4e38, -1.00390625]
 
 

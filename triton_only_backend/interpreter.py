@@ -1,6 +1,6 @@
 """Runs Triton kernels, ours and Inductor's, on CPU tensors through the Triton interpreter.
 
-Used by itself on a machine with no GPU. The stock interpreter needs five mends for that:
+Used by itself on a machine with no GPU. The stock interpreter needs seven mends for that:
 
 1. Functions decorated with `@triton.jit` before the interpreter was switched on stay compiled
    functions; they are rebound, so that importing triton first (as torch._dynamo does) is harmless.
@@ -10,10 +10,15 @@ Used by itself on a machine with no GPU. The stock interpreter needs five mends 
 4. Conversions to bfloat16 truncate, and conversions between bfloat16 and anything but fp32 take the
    raw bits for a number; both are done properly, rounding to nearest even.
 5. libdevice functions are empty stubs that return None; Inductor calls them. They get bodies.
+6. A reduction with a combine function of its own (argmax, Welford) runs it once an element; it is
+   run on halves instead, log2(n) times, in the same order.
+7. Every call of a device function replaces all of triton.language's functions again, a quarter of
+   all time; once a launch is enough.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import sys
@@ -84,6 +89,8 @@ def _install() -> None:
     _mend_dot()
     _mend_casts()
     _mend_libdevice()
+    _mend_reductions()
+    _patch_once_a_launch()
     _name_launches()
     _clear_triton_probes()
     _state["installed"] = True
@@ -250,6 +257,65 @@ def _mend_casts() -> None:
     InterpreterBuilder.create_fp_to_fp = create_fp_to_fp
 
 
+def _mend_reductions() -> None:
+    from triton.runtime.interpreter import ReduceOps
+
+    def generic_reduce(self: Any, tensors: Any) -> list[Any]:
+        dtypes = [t.dtype for t in tensors]
+        dimensions = tensors[0].handle.data.ndim
+        axis = 0 if self.axis is None else self.axis
+        parts = [
+            np.moveaxis(t.handle.data.ravel() if self.axis is None else t.handle.data, axis, 0)
+            for t in tensors
+        ]
+        while parts[0].shape[0] > 1:
+            # Neighbours, so that a combine function that does not commute sees its order.
+            pairs = [p[start::2] for start in (0, 1) for p in parts]
+            combined = self.combine_fn.fn(*map(self.to_tensor, pairs, dtypes * 2))
+            combined = combined if isinstance(combined, tuple) else (combined,)
+            parts = [c.handle.data.reshape(pairs[0].shape) for c in combined]
+        results = []
+        for part, dtype in zip(parts, dtypes, strict=True):
+            data = part[0]
+            if self.keep_dims:
+                shape = (1,) * dimensions if self.axis is None else None
+                data = data.reshape(shape) if shape else np.expand_dims(data, axis)
+            results.append(self.to_tensor(data, dtype))
+        return results
+
+    ReduceOps.generic_reduce = generic_reduce
+
+
+def _patch_once_a_launch() -> None:
+    import inspect
+
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    original = interpreter._patch_lang
+    done: set[frozenset[int]] = set()
+
+    @functools.cache
+    def languages(fn: Any) -> frozenset[int]:
+        modules = (v for v in fn.__globals__.values() if inspect.ismodule(v))
+        return frozenset(id(m) for m in modules if m in (tl, tl.core))
+
+    def patch_lang(fn: Any) -> Any:
+        if languages(fn) in done:
+            return interpreter._LangPatchScope()
+        done.add(languages(fn))
+        return original(fn)
+
+    run_grid = interpreter.GridExecutor.__call__
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        done.clear()  # the end of the launch before restored the functions
+        return run_grid(self, *args, **kwargs)
+
+    interpreter._patch_lang = patch_lang
+    interpreter.GridExecutor.__call__ = call
+
+
 def _name_launches() -> None:
     """Each interpreted launch is a scope of the profiler: `profile` tells it from ATen's CPU ops."""
     import torch
@@ -265,9 +331,9 @@ def _name_launches() -> None:
 
 
 def _mend_libdevice() -> None:
-    from torch._inductor.runtime import triton_helpers
+    from triton_only_backend import inductor
 
-    triton_helpers.libdevice = Libdevice()
+    inductor.replace_libdevice(Libdevice())
 
 
 class Libdevice:
