@@ -29,14 +29,15 @@ if TYPE_CHECKING:
 
 
 class StaticDecoder(torch.nn.Module):
-    """A causal language model with its own static cache, for one sequence at a time."""
+    """A causal language model with its own static cache, for B sequences of the same length."""
 
-    def __init__(self, model: LlamaForCausalLM, max_length: int) -> None:
+    def __init__(self, model: LlamaForCausalLM, max_length: int, batch: int = 1) -> None:
         """Allocates the cache.
 
         Args:
             model: the language model, on its device and in its dtype.
             max_length: tokens that the cache holds, those of the prompt included.
+            batch: how many sequences, B.
         """
         super().__init__()
         if max_length > model.config.max_position_embeddings:
@@ -49,24 +50,28 @@ class StaticDecoder(torch.nn.Module):
         self.max_length = max_length
         self.cache = StaticCache(config=model.config, max_cache_len=max_length)
         with torch.no_grad():
-            token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
+            token = torch.zeros(batch, 1, dtype=torch.int64, device=model.device)
             self(token, token[0])
         self.reset()
 
     def reset(self) -> None:
         """Empties the cache in place."""
-        self.cache.reset()  # type: ignore[no-untyped-call]
+        self.cache.reset()
 
     def forward(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Appends `tokens` to the sequence and returns the likeliest next one.
+        """Appends `tokens` to the sequences and returns the likeliest next ones.
 
         Args:
-            tokens: int64, shape (1, S).
+            tokens: int64, shape (B, S).
             positions: their places in the sequence, int64, shape (S,).
 
         Returns:
-            int64, shape (1, 1).
+            int64, shape (B, 1).
         """
+        return self.logits(tokens, positions).argmax(dim=-1, keepdim=True)
+
+    def logits(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Appends `tokens` to the sequences and returns the scores of the next ones, (B, V)."""
         # Given as a whole because transformers, left to itself, leaves the mask of a single query
         # out in eager mode, and the query would then see the slots that are not filled yet.
         slots = torch.arange(self.max_length, device=tokens.device)
@@ -79,7 +84,7 @@ class StaticDecoder(torch.nn.Module):
             use_cache=True,
             logits_to_keep=1,
         ).logits
-        return logits[:, -1].argmax(dim=-1, keepdim=True)
+        return logits[:, -1]
 
 
 @torch.no_grad()
@@ -107,7 +112,7 @@ def generate(
     positions = torch.arange(length, device=prompt.device)
     tokens, generated = prompt, []
     for _ in range(max_new_tokens):
-        torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+        torch.compiler.cudagraph_mark_step_begin()
         tokens = step(tokens, positions).clone()
         generated.append(tokens)
         positions = positions[-1:] + 1

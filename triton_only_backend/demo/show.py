@@ -6,7 +6,6 @@ The audit that is shown belongs to the very graphs that produced the text.
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from triton_only_backend import interpreter, settings
+from triton_only_backend.bench.record import write_json
 from triton_only_backend.demo import byte_llama
 from triton_only_backend.demo.generate import StaticDecoder, generate
 from triton_only_backend.errors import SettingsError
@@ -169,7 +169,7 @@ def run_demo(
     """
     from transformers.utils.logging import disable_progress_bar
 
-    disable_progress_bar()  # type: ignore[no-untyped-call]
+    disable_progress_bar()
     try:
         plan = make_plan(max_new_tokens, mode)
     except SettingsError as error:
@@ -216,7 +216,7 @@ def run_demo(
             "compiled_graphs": graphs,
             "audit": report.to_dict(),
         }
-        json_path.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        write_json(json_path, facts)
     return 0 if identical and report.is_triton_only else 1
 
 

@@ -1,0 +1,267 @@
+"""The benchmarks: their arithmetic, their checks, and one whole run in the interpreter."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from triton_only_backend import cli, environment
+from triton_only_backend.bench import attention, gemm, generation, models, record, timing
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+PLAN = generation.Plan("llama-tiny", "bf16", 2, 4, 2, ("eager", "triton_only"), logits_error=False)
+
+
+# Floors
+
+
+@pytest.mark.parametrize(
+    ("bytes_moved", "flops", "expected"),
+    [(4e12, 0, 1e6), (0, 2e15, 2e6), (4e12, 2e15, 2e6), (4e6, 1e9, 1.0)],
+)
+def test_floor_is_the_longer_of_two_times(
+    bytes_moved: float, flops: float, expected: float
+) -> None:
+    limits = timing.Ceilings(4e12, 1e15, "")
+    assert limits.floor_us(bytes_moved, flops) == pytest.approx(expected)
+
+
+def test_traffic_of_a_product() -> None:
+    assert gemm.traffic(2, 4096, 1024, 2) == (2 * (2048 + 4096 * 1024 + 8192), 2**24)
+
+
+def test_flops_and_bytes_of_attention() -> None:
+    case = attention.Case("full", 2, 512, 1024, 8)
+    assert case.flops == 4 * 2 * 32 * 512 * 1024 * 128
+    assert dataclasses.replace(case, kind="causal").flops * 2 == case.flops
+    assert case.bytes_moved(2) == 2 * 2 * 128 * (2 * 32 * 512 + 2 * 8 * 1024)
+
+
+def test_floors_of_llama3_8b() -> None:
+    pytest.importorskip("transformers")
+    shape = models.MODELS["llama3-8b"]
+    model = models.build(shape, torch.bfloat16, torch.device("meta"))
+    assert model.num_parameters() == 8_030_261_248
+    # 7.5 G weights that are read, the embedding left out; 768 tokens of 128 KiB, twice.
+    assert models.step_floor_bytes(model, shape, 2, 768) == 2 * 7_504_924_672 + 2 * 768 * 2**17
+    flops = models.prefill_floor_flops(model, shape, 2, 512)
+    assert flops == pytest.approx(2 * 1024 * 6.98e9 + 0.14e12, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("size", "copies"), [(1, 300_000_000), (8_388_608, 36), (1_050_673_152, 1)]
+)
+def test_operands_rotate_through_more_than_the_caches(size: int, copies: int) -> None:
+    assert timing.copies_for(size) == copies
+
+
+@pytest.mark.parametrize(
+    ("floor_us", "rotation", "expected"),
+    [(2.0, 36, 2016), (5000.0, 1, 4), (1000.0, 6, 24), (5000.0, 6, 4), (0.0, 1, 2000)],
+)
+def test_repetitions_are_whole_rotations(floor_us: float, rotation: int, expected: int) -> None:
+    assert timing.repetitions(floor_us, rotation) == expected
+
+
+@pytest.mark.cpu
+def test_timing_needs_a_gpu() -> None:
+    with pytest.raises(timing.BenchmarkError, match="need a CUDA or ROCm GPU"):
+        timing.measure([lambda: None], reps=1)
+
+
+@pytest.mark.gpu
+def test_measured_time_is_that_of_a_copy() -> None:
+    source = torch.ones(1 << 28, device="cuda")
+    target = torch.empty_like(source)
+    once = timing.measure([lambda: target.copy_(source)], reps=1)
+    assert timing.measure([lambda: target.copy_(source)], reps=8) == pytest.approx(once, rel=0.3)
+    assert 1e6 * 2**31 / once < 20e12  # bytes a second: no graph was empty
+
+
+# Correctness checks
+
+
+def test_gemm_errors_are_those_of_each_output() -> None:
+    a, weight = torch.randn(3, 64), torch.randn(40, 64)
+    right = a @ weight.t()
+    outputs = {"right": right, "twice": 2 * right, "nothing": torch.full_like(right, torch.nan)}
+    errors = gemm.errors(a, weight, outputs)
+    assert errors["right"] < 1e-6
+    assert errors["twice"] == pytest.approx(1)
+    assert not errors["nothing"] <= 1
+
+
+def test_gemm_errors_do_not_depend_on_the_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    a, weight = torch.randn(3, 64), torch.randn(40, 64)
+    outputs = {"half": (a @ weight.t()).bfloat16()}
+    whole = gemm.errors(a, weight, outputs)["half"]
+    monkeypatch.setattr(gemm, "CHUNK", 7)
+    assert gemm.errors(a, weight, outputs)["half"] == pytest.approx(whole)
+
+
+@pytest.mark.parametrize("kind", attention.KINDS)
+@pytest.mark.parametrize("kv_heads", [8, 32])
+def test_attention_errors_agree_with_pytorch(kind: str, kv_heads: int) -> None:
+    case = attention.Case(kind, 1, 1 if kind == "decode" else 24, 24, kv_heads)
+    operands = attention.make_operands(case, torch.float32, torch.device("cpu"))[:1]
+    call = attention.library_call(case, attention.BACKENDS["math"])
+    output = call(operands[0])
+    outputs = {"right": output, "shifted": output.roll(1, dims=1)}
+    errors = attention.reference_errors(case, operands[0], outputs)
+    assert errors["right"] < 1e-6
+    assert errors["shifted"] > 0.1
+
+
+def test_relative_error() -> None:
+    reference = torch.tensor([3.0, 4.0])
+    assert timing.relative_error(torch.tensor([3.0, 5.0]), reference) == pytest.approx(0.2)
+
+
+# Plans and summaries
+
+
+def test_gemm_shapes_are_measured_once() -> None:
+    layers = gemm.Plan("all", "bf16", (1,)).layers()
+    assert len({(n, k) for _, n, k in layers}) == len(layers) == 8
+
+
+def test_long_attention_cases_can_be_left_out() -> None:
+    cases = list(attention.Plan("all", "bf16", 8, 2048).cases())
+    assert max(case.len_kv for case in cases) == 2048
+    assert {case.kind for case in cases} == set(attention.KINDS)
+
+
+def test_gemm_summary() -> None:
+    rows = [
+        {"M": 1, "speedup": 2.0, "correct": True},
+        {"M": 1, "speedup": 0.5, "correct": False},
+        {"M": 8, "speedup": 4.0, "correct": True},
+    ]
+    found = gemm.summarise(rows)
+    assert found["geomean speedup"] == pytest.approx(4 ** (1 / 3))
+    assert found["least speedup"] == 0.5
+    assert found["wrong rows"] == found["rows slower than cuBLAS"] == 1
+    assert found["geomean speedup by M"] == pytest.approx({1: 1.0, 8: 4.0})
+
+
+@pytest.mark.parametrize(
+    ("prompt", "new_tokens", "length"), [(512, 256, 768), (8, 2, 16), (12, 2, 32)]
+)
+def test_cache_holds_all_steps(prompt: int, new_tokens: int, length: int) -> None:
+    plan = dataclasses.replace(PLAN, prompt=prompt, new_tokens=new_tokens)
+    assert plan.cache_length == length
+
+
+def test_comparison_with_other_providers() -> None:
+    rows = [
+        {"provider": "eager", "prefill_ms": 30.0, "ms_per_token": 20.0, "logits_error": 0.02},
+        {"provider": "triton_only", "prefill_ms": 20.0, "ms_per_token": 4.0, "logits_error": 0.01},
+    ]
+    assert generation.compare(rows[:1]) == {}
+    assert generation.compare(rows) == {
+        "prefill speedup over eager": 1.5,
+        "decode speedup over eager": 5.0,
+        "logits error over that of eager": 0.5,
+    }
+
+
+# Records
+
+
+def test_record_is_replaced_whole(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "record.json"
+    found = record.Record({"gpu": "H200"}, "triton-only bench", [{"M": 1}])
+    found.write(path)
+    found.rows.append({"M": 2})
+    found.write(path)
+    assert json.loads(path.read_text()) == {
+        "environment": {"gpu": "H200"},
+        "command": "triton-only bench",
+        "rows": [{"M": 1}, {"M": 2}],
+        "summary": {},
+    }
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_record_as_markdown() -> None:
+    rows = [{"layer": "o", "us": 13.456, "error": None}, {"layer": "qkv", "us": 1234.5}]
+    found = record.Record({"gpu": "H200", "torch": "2.11", "rocm": None}, "", rows)
+    assert found.to_markdown(["layer", "us", "error"]).splitlines() == [
+        "gpu H200, torch 2.11",
+        "",
+        "| layer | us | error |",
+        "|---|---:|---:|",
+        "| o | 13.5 | – |",
+        "| qkv | 1,234 | – |",
+    ]
+
+
+def test_driver_version_is_read_from_the_driver(tmp_path: Path) -> None:
+    nvidia, missing = tmp_path / "version", tmp_path / "missing"
+    nvidia.write_text("NVRM version: NVIDIA UNIX Open Kernel Module  580.159.04  Release Build\n")
+    assert environment.driver_version(nvidia, missing) == "580.159.04"
+    assert environment.driver_version(missing, nvidia).startswith("NVRM")  # type: ignore[union-attr]
+    assert environment.driver_version(missing, missing) is None
+
+
+# Whole models
+
+
+def test_each_provider_is_recorded_as_soon_as_it_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("transformers")
+
+    def measure_provider(provider: Any, *_: Any) -> dict[str, Any]:
+        if provider.name != "eager":
+            raise TimeoutError
+        figures = {"prefill_ms": 2.0, "ms_per_token": 1.0, "compile_seconds": None}
+        return {"provider": provider.name, **figures}
+
+    monkeypatch.setattr(generation, "measure_provider", measure_provider)
+    path = tmp_path / "model.json"
+    with pytest.raises(TimeoutError):
+        generation.run(PLAN, Console(file=io.StringIO()), path, "")
+    assert [row["provider"] for row in json.loads(path.read_text())["rows"]] == ["eager"]
+
+
+def test_logits_in_fp32_are_those_of_the_model() -> None:
+    pytest.importorskip("transformers")
+    model = models.build(models.MODELS["llama-tiny"], torch.float32, torch.device("cpu"))
+    plan = dataclasses.replace(PLAN, dtype="fp32")
+    with torch.no_grad():
+        session = generation.Session(model, generation.providers.PROVIDERS["eager"], plan)
+        logits = generation.compared_logits(session)
+    reference = models.reference_logits(model, session.tokens, generation.COMPARED_STEPS + 1)
+    assert logits.shape == reference.shape == (2, 5, 256)
+    assert timing.relative_error(logits, reference) < 1e-5
+
+
+@pytest.mark.cpu
+def test_bench_model_in_the_interpreter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("transformers")
+    path = tmp_path / "model.json"
+    arguments = [
+        *("bench", "model", "--model", "llama-tiny", "--batch", "2", "--prompt", "4"),
+        *("--new-tokens", "2", "--providers", "eager,triton_only", "--no-logits-error"),
+        *("--json", str(path)),
+    ]
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(arguments)
+    assert not stopped.value.code, capsys.readouterr().err
+    assert "decode speedup over eager" in capsys.readouterr().out
+    eager, ours = json.loads(path.read_text())["rows"]
+    assert eager["triton_share_decode"] == 0
+    assert eager["compile_seconds"] is None
+    assert ours["triton_share_decode"] == ours["triton_share_prefill"] == 1
+    assert ours["graphs"] == 2
+    assert ours["kernels_per_step"] > 0
+    assert ours["ms_per_token"] > 0

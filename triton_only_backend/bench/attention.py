@@ -1,0 +1,309 @@
+"""Our attention against every kernel behind `scaled_dot_product_attention`, where each runs.
+
+32 query heads of 128, as in Llama-3-8B. Prefill cases take queries, keys and values as a model's
+projections leave them, (batch, length, heads, 128) transposed; decode cases a cache, (batch, heads,
+length, 128), in enough copies that each call reads it from memory.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.table import Table
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from triton_only_backend import environment
+from triton_only_backend.bench.gemm import geomean
+from triton_only_backend.bench.models import DTYPES
+from triton_only_backend.bench.record import Record, format_value
+from triton_only_backend.bench.timing import (
+    ceilings,
+    copies_for,
+    measure,
+    poison,
+    repetitions,
+    require_gpu,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from rich.console import Console
+
+    from triton_only_backend.bench.timing import Ceilings
+
+HEADS, HEAD_DIM = 32, 128
+KINDS = ("causal", "full", "decode")
+BACKENDS = {
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+PREFILL_BATCH = 2
+PREFILL_LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
+DECODE = ((1, 512), (2, 768), (1, 4096), (1, 32768), (16, 2048), (64, 4096))
+# Scores that PyTorch's math kernel may hold in memory at once.
+MATH_SCORES = 1 << 31
+# Ours may err this much more than the best library kernel: P is rounded once more or less.
+ERROR_FACTOR = 2.0
+
+
+@dataclass(frozen=True)
+class Case:
+    """Query (batch, 32, len_q, 128) over key and value (batch, kv_heads, len_kv, 128)."""
+
+    kind: str
+    batch: int
+    len_q: int
+    len_kv: int
+    kv_heads: int
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether a query sees only the keys up to its own place."""
+        return self.kind == "causal"
+
+    @property
+    def flops(self) -> int:
+        """Operations of both products, masked scores left out."""
+        full = 4 * self.batch * HEADS * self.len_q * self.len_kv * HEAD_DIM
+        return full // 2 if self.is_causal else full
+
+    def bytes_moved(self, element_size: int) -> int:
+        """The fewest bytes: operands read once, the output written once."""
+        query = self.batch * HEADS * self.len_q * HEAD_DIM
+        return (2 * query + 2 * self.kv_elements) * element_size
+
+    @property
+    def kv_elements(self) -> int:
+        """Elements of the keys."""
+        return self.batch * self.kv_heads * self.len_kv * HEAD_DIM
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to run.
+
+    Attributes:
+        kinds: one of `KINDS`, or "all".
+        dtype: a key of `models.DTYPES`.
+        kv_heads: a divisor of 32.
+        max_length: cases with more keys are left out.
+    """
+
+    kinds: str
+    dtype: str
+    kv_heads: int
+    max_length: int
+
+    def cases(self) -> Iterator[Case]:
+        """The cases, in order."""
+        for kind in KINDS if self.kinds == "all" else (self.kinds,):
+            if kind == "decode":
+                sizes = [(batch, 1, length) for batch, length in DECODE]
+            else:
+                sizes = [(PREFILL_BATCH, length, length) for length in PREFILL_LENGTHS]
+            for batch, len_q, len_kv in sizes:
+                if len_kv <= self.max_length:
+                    yield Case(kind, batch, len_q, len_kv, self.kv_heads)
+
+
+Operands = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def make_operands(case: Case, dtype: torch.dtype, device: torch.device) -> list[Operands]:
+    """Query, key and value, normally distributed, in as many copies as the caches call for."""
+
+    def draw(heads: int, length: int) -> torch.Tensor:
+        if case.kind == "decode":
+            return torch.randn(case.batch, heads, length, HEAD_DIM, device=device, dtype=dtype)
+        size = (case.batch, length, heads, HEAD_DIM)
+        return torch.randn(size, device=device, dtype=dtype).transpose(1, 2)
+
+    copies = copies_for(2 * case.kv_elements * dtype.itemsize)
+    return [
+        (
+            draw(HEADS, case.len_q),
+            draw(case.kv_heads, case.len_kv),
+            draw(case.kv_heads, case.len_kv),
+        )
+        for _ in range(copies)
+    ]
+
+
+def reference_errors(
+    case: Case, operands: Operands, outputs: dict[str, torch.Tensor]
+) -> dict[str, float]:
+    """‖output − reference‖ / ‖reference‖ of each output, against softmax(q kᵀ / √d) v in fp64."""
+    query, key, value = operands
+    group = HEADS // case.kv_heads
+    norm = 0.0
+    differences = dict.fromkeys(outputs, 0.0)
+    for batch in range(case.batch):
+        for head in range(case.kv_heads):
+            k, v = key[batch, head].double(), value[batch, head].double()
+            for index in _head_blocks(head * group, group, case):
+                q = query[batch, index].double()
+                scores = q @ k.t() / math.sqrt(HEAD_DIM)
+                if case.is_causal:
+                    hidden = torch.ones_like(scores[0], dtype=torch.bool).triu(1)
+                    scores.masked_fill_(hidden, float("-inf"))
+                reference = scores.softmax(-1) @ v
+                norm += float(reference.square().sum())
+                for name, output in outputs.items():
+                    difference = output[batch, index].double() - reference
+                    differences[name] += float(difference.square().sum())
+    return {name: math.sqrt(total / norm) for name, total in differences.items()}
+
+
+def _head_blocks(first: int, count: int, case: Case) -> Iterator[slice]:
+    """The query heads of one KV head: together, or one by one where their scores are many."""
+    step = count if count * case.len_q * case.len_kv <= 1 << 28 else 1
+    for start in range(first, first + count, step):
+        yield slice(start, start + step)
+
+
+def library_call(case: Case, backend: SDPBackend) -> Callable[[Operands], torch.Tensor]:
+    """scaled_dot_product_attention by one backend."""
+
+    def call(operands: Operands) -> torch.Tensor:
+        with sdpa_kernel(backend), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a backend that does not run says why in warnings
+            return scaled_dot_product_attention(
+                *operands, is_causal=case.is_causal, enable_gqa=case.kv_heads != HEADS
+            )
+
+    return call
+
+
+def our_call(case: Case) -> Callable[[Operands], torch.Tensor]:
+    """triton_only::attention."""
+
+    def call(operands: Operands) -> torch.Tensor:
+        output: torch.Tensor = torch.ops.triton_only.attention(
+            *operands, is_causal=case.is_causal, enable_gqa=case.kv_heads != HEADS
+        )
+        return output
+
+    return call
+
+
+@torch.no_grad()
+def measure_case(case: Case, dtype: torch.dtype, limits: Ceilings) -> dict[str, Any]:
+    """A row of the benchmark."""
+    copies = make_operands(case, dtype, require_gpu())
+    calls = {"ours": our_call(case)}
+    outputs: dict[str, torch.Tensor] = {}
+    poison((case.batch, case.len_q, HEADS, HEAD_DIM), copies[0][0])
+    outputs["ours"] = calls["ours"](copies[0])
+    not_run: dict[str, str] = {}
+    for name, backend in BACKENDS.items():
+        scores = case.batch * HEADS * case.len_q * case.len_kv
+        if name == "math" and scores > MATH_SCORES:
+            not_run[name] = f"it would hold {scores:,} scores in memory"
+            continue
+        call = library_call(case, backend)
+        try:
+            outputs[name] = call(copies[0])
+        except RuntimeError as refusal:  # the only sign that a backend does not cover a case
+            not_run[name] = str(refusal).splitlines()[0]
+            continue
+        calls[name] = call
+    errors = reference_errors(case, copies[0], outputs)
+    outputs.clear()
+    floor = limits.floor_us(case.bytes_moved(dtype.itemsize), case.flops)
+    times = {}
+    for name, call in calls.items():
+        reps = repetitions(floor if name != "math" else 20 * floor, len(copies))
+        times[name] = measure(
+            [lambda c=call, o=operands: c(o) for operands in copies],  # type: ignore[misc]
+            reps=reps,
+        )
+    library = {name: us for name, us in times.items() if name != "ours"}
+    best = min(library, key=library.__getitem__)
+    ours = times["ours"]
+    return {
+        "kind": case.kind,
+        "batch": case.batch,
+        "len_q": case.len_q,
+        "len_kv": case.len_kv,
+        "kv_heads": case.kv_heads,
+        **{f"{name}_us": us for name, us in times.items()},
+        "best_library": best,
+        "speedup": library[best] / ours,
+        "speedup_over_flash": library["flash"] / ours if "flash" in library else None,
+        "floor_us": floor,
+        "floor_share": floor / ours,
+        "tb_per_second": case.bytes_moved(dtype.itemsize) / ours * 1e-6,
+        "tflop_per_second": case.flops / ours * 1e-6,
+        "best_tflop_per_second": case.flops / library[best] * 1e-6,
+        "error": errors["ours"],
+        **{f"{name}_error": errors[name] for name in library},
+        "correct": errors["ours"] <= ERROR_FACTOR * min(errors[name] for name in library),
+        "not_run": not_run,
+    }
+
+
+def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Geometric mean and least of the speedups over the best library kernel, by kind."""
+    found: dict[str, Any] = {}
+    for kind in KINDS:
+        speedups = [row["speedup"] for row in rows if row["kind"] == kind]
+        if speedups:
+            found[f"{kind}: geomean speedup over the best library kernel"] = geomean(speedups)
+            found[f"{kind}: least speedup"] = min(speedups)
+        flash = [row["speedup_over_flash"] for row in rows if row["kind"] == kind]
+        flash = [speedup for speedup in flash if speedup is not None]
+        if flash:
+            found[f"{kind}: geomean speedup over FlashAttention-2"] = geomean(flash)
+    found["wrong rows"] = sum(not row["correct"] for row in rows)
+    return found
+
+
+def run(plan: Plan, console: Console, json_path: Path | None, command: str) -> int:
+    """Measures each case, prints a table, and writes the record after every case.
+
+    Returns:
+        The exit status: 1 if a result was wrong, else 0.
+
+    Raises:
+        BenchmarkError: there is no GPU.
+    """
+    require_gpu()
+    dtype = DTYPES[plan.dtype]
+    limits = ceilings(dtype)
+    record = Record(environment.collect(), command)
+    torch.manual_seed(0)
+    table = Table(title=f"attention, 32 heads of 128, {plan.kv_heads} KV heads, {plan.dtype}")
+    for heading in ("kind", "B", "Lq", "Lkv", "ours µs", *(f"{b} µs" for b in BACKENDS), "speedup",
+                    "of the floor", "TB/s", "TFLOP/s", "error", "library error"):  # fmt: skip
+        table.add_column(heading, justify="left" if heading == "kind" else "right")
+    for case in plan.cases():
+        row = measure_case(case, dtype, limits)
+        record.rows.append(row)
+        record.summary = {**summarise(record.rows), "dtype": plan.dtype, "floor": limits.source}
+        record.write(json_path)
+        keys = ("kind", "batch", "len_q", "len_kv", "ours_us", *(f"{b}_us" for b in BACKENDS))
+        table.add_row(
+            *(format_value(row.get(key)) for key in keys),
+            f"{row['speedup']:.3f}",
+            f"{row['floor_share']:.0%}",
+            *(format_value(row[key]) for key in ("tb_per_second", "tflop_per_second")),
+            f"{row['error']:.1e}" if row["correct"] else f"[bold red]{row['error']:.1e}",
+            f"{row[row['best_library'] + '_error']:.1e}",
+        )
+        torch.cuda.empty_cache()
+    console.print(table)
+    for key, value in record.summary.items():
+        console.print(f"{key}: {format_value(value)}", markup=False, highlight=False)
+    reasons = {(name, why) for row in record.rows for name, why in row["not_run"].items()}
+    for name, why in sorted(reasons):
+        console.print(f"{name} did not run: {why}", markup=False, highlight=False)
+    return int(record.summary["wrong rows"] > 0)

@@ -1,0 +1,136 @@
+"""The models that are benchmarked: published shapes with random weights, and what bounds them."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from triton_only_backend.bench.timing import BenchmarkError
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The sizes of a Llama-like model.
+
+    Attributes:
+        bias: whether attention and MLP projections have biases.
+        tied: whether the output projection is the embedding.
+    """
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    intermediate: int
+    vocabulary: int
+    rope_theta: float
+    max_length: int = 8192
+    bias: bool = False
+    tied: bool = False
+
+    @property
+    def head_dim(self) -> int:
+        """The width of a head."""
+        return self.hidden // self.heads
+
+    def cache_bytes(self, batch: int, length: int, element_size: int) -> int:
+        """Bytes of the keys and values of `length` tokens."""
+        return 2 * self.layers * batch * self.kv_heads * length * self.head_dim * element_size
+
+    def causal_attention_flops(self, batch: int, length: int) -> int:
+        """Multiplications and additions of attention over a prompt, masked scores left out."""
+        return 2 * self.layers * batch * self.heads * length**2 * self.head_dim
+
+
+MODELS = {
+    "llama3-8b": ModelShape(32, 4096, 32, 8, 14336, 128256, 500000.0),
+    "granite-8b-code": ModelShape(36, 4096, 32, 8, 14336, 49152, 10000.0, bias=True, tied=True),
+    "llama-tiny": ModelShape(2, 64, 4, 2, 128, 256, 10000.0, max_length=256),
+}
+# Small enough for the Triton interpreter.
+INTERPRETABLE = ("llama-tiny",)
+
+
+def build(shape: ModelShape, dtype: torch.dtype, device: torch.device) -> LlamaForCausalLM:
+    """The model with random weights, made in place on the device, frozen, in evaluation mode.
+
+    Raises:
+        BenchmarkError: transformers is not installed.
+    """
+    try:
+        from transformers import AutoModelForCausalLM, LlamaConfig
+    except ImportError as error:
+        raise BenchmarkError(
+            f"triton_only: the model benchmark needs transformers ({error}); "
+            "pip install 'triton-only-backend[bench]'"
+        ) from error
+
+    config = LlamaConfig(
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        max_position_embeddings=shape.max_length,
+        rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
+        attention_bias=shape.bias,
+        mlp_bias=shape.bias,
+        tie_word_embeddings=shape.tied,
+    )
+    torch.manual_seed(0)
+    with torch.device(device):
+        model: LlamaForCausalLM = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation="sdpa"
+        )
+    module: torch.nn.Module = model
+    module.requires_grad_(requires_grad=False).eval()
+    return model
+
+
+def step_floor_bytes(model: LlamaForCausalLM, shape: ModelShape, batch: int, length: int) -> int:
+    """Bytes that a decode step must read: the weights, and the cache of `length` tokens."""
+    module: torch.nn.Module = model
+    embedding = 0 if shape.tied else shape.vocabulary * shape.hidden
+    parameters = list(module.parameters())
+    element_size = parameters[0].element_size()
+    weights = (sum(p.numel() for p in parameters) - embedding) * element_size
+    return weights + shape.cache_bytes(batch, length, element_size)
+
+
+def prefill_floor_flops(model: LlamaForCausalLM, shape: ModelShape, batch: int, length: int) -> int:
+    """Operations of a prefill that scores the last position only."""
+    module: torch.nn.Module = model.model
+    matrices = sum(p.numel() for p in module.parameters() if p.dim() == 2)
+    matrices -= shape.vocabulary * shape.hidden  # the embedding is a look-up
+    head = shape.vocabulary * shape.hidden
+    products = 2 * batch * (length * matrices + head)
+    return products + shape.causal_attention_flops(batch, length)
+
+
+@torch.no_grad()
+def reference_logits(model: LlamaForCausalLM, tokens: torch.Tensor, keep: int) -> torch.Tensor:
+    """Scores of the last `keep` positions by the same weights in fp32, without a cache.
+
+    Args:
+        model: left as it is; a copy is widened.
+        tokens: int64, shape (B, S).
+        keep: how many positions.
+
+    Returns:
+        fp32, shape (B, keep, V).
+    """
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    exact = copy.deepcopy(model).float()
+    with sdpa_kernel(SDPBackend.MATH):
+        logits: torch.Tensor = exact(input_ids=tokens, use_cache=False, logits_to_keep=keep).logits
+    return logits
