@@ -98,6 +98,24 @@ def add_mask(scores, mask_ptrs, valid, MASK_IS_BOOL: tl.constexpr):
 
 
 @triton.jit
+def visible_end(mask_rows, row_valid, stride_mask_n, stop):
+    """One past the last key below `stop` that a boolean mask lets any of these rows see.
+
+    The keys after it are not read: a causal mask, or a static cache that is not full yet, costs by
+    what is visible. Reading a byte of the mask a score is little beside computing the score.
+    """
+    SCAN: tl.constexpr = 128
+    end = tl.zeros((), tl.int32)
+    for start_n in tl.range(0, stop, SCAN):
+        offs_n = start_n + tl.arange(0, SCAN)
+        mask_ptrs = mask_rows[:, None] + offs_n.to(tl.int64)[None, :] * stride_mask_n
+        valid = row_valid[:, None] & (offs_n < stop)[None, :]
+        seen = tl.max(tl.load(mask_ptrs, mask=valid, other=0).to(tl.int32), 0)
+        end = tl.maximum(end, tl.max(tl.where(seen != 0, offs_n + 1, 0), 0))
+    return end
+
+
+@triton.jit
 def attend_blocks(
     acc,
     row_max,
@@ -297,6 +315,9 @@ def flash_attention_kernel(
     else:
         full = len_kv // BLOCK_N * BLOCK_N
         stop = len_kv
+    if HAS_MASK and MASK_IS_BOOL:
+        stop = visible_end(mask_rows, row_valid, stride_mask_n, stop)
+        full = tl.minimum(full, tl.cdiv(stop, BLOCK_N) * BLOCK_N)
     acc, row_max, row_sum = attend_blocks(
         acc,
         row_max,

@@ -56,13 +56,15 @@ def test_configurations_fit_shared_memory(head_dim, element_size, has_mask, arch
 
 
 def test_hopper_prefill():
-    assert configs.select_flash_config(PREFILL, H200) == configs.FlashConfig(
-        128, 128, 8, 2, tma=True
-    )
+    assert configs.select_flash_config(PREFILL, H200) == configs.FlashConfig(64, 64, 4, 3, tma=True)
+    masked = replace(PREFILL, has_mask=True)
+    assert configs.select_flash_config(masked, H200) == configs.FlashConfig(64, 64, 4, 2, tma=True)
 
 
 def test_few_tiles_take_half_the_rows():
-    small = replace(PREFILL, batch=1, len_q=256, len_kv=256)
+    wide = replace(PREFILL, head_dim=256, head_dim_v=256)
+    assert configs.select_flash_config(wide, H200).block_m == 128
+    small = replace(wide, batch=1, len_q=256, len_kv=256)
     assert configs.select_flash_config(small, H200).block_m == 64
 
 
