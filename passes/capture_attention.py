@@ -8,10 +8,14 @@ Before:
 After:
     y: "bf16[2, 32, 512, 128]" = torch.ops.triton_only.attention.default(q, k, v, mask)
 
-What our kernels do not do (dropout, a head dimension over 256, a mask that needs a gradient) becomes
-PyTorch's own decomposition, bmm - softmax - bmm, which stays in Triton but holds the scores in
-memory; the report says so. Left alone: nested tensors, other dtypes than fp16, bf16 and fp32, and
-calls that PyTorch itself refuses.
+Our output lies in memory as (…, length, heads, head_dim). Where PyTorch's would be contiguous and
+something that depends on it follows (a view, a branch's or the graph's output), a `contiguous` is
+added.
+
+What our kernels do not do (dropout, a head dimension over 256, a mask that needs a gradient)
+becomes PyTorch's own decomposition, bmm - softmax - bmm, which stays in Triton but holds the scores
+in memory; the report notes it. Left alone: nested tensors, other dtypes than fp16, bf16 and fp32,
+and calls that PyTorch itself refuses.
 """
 
 from __future__ import annotations
@@ -21,14 +25,22 @@ from typing import Any
 
 import torch
 
-from triton_only_backend.passes.graph_edit import describe, value
-from triton_only_backend.passes.refusal import Reason, Refusal, refuse
+from triton_only_backend.passes.graph_edit import (
+    describe,
+    fake_call,
+    is_contiguous,
+    same_layout,
+    value,
+)
+from triton_only_backend.passes.refusal import DECOMPOSED, META_KEY, Reason, Refusal, refuse
 
 SDPA = torch.nn.functional.scaled_dot_product_attention
+ATTENTION = torch.ops.triton_only.attention.default
 MATH = torch.ops.aten._scaled_dot_product_attention_math.default
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEAD_DIM = 256
-DECOMPOSED = (Reason.DROPOUT, Reason.HEAD_DIM_TOO_LARGE, Reason.MASK_NEEDS_GRADIENT)
+# Methods and functions of the output that give the same whatever its strides.
+ANY_LAYOUT = frozenset({"transpose", "permute", "swapaxes", "reshape", "contiguous", "flatten"})
 
 _PARAMETERS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 _DEFAULTS = {
@@ -61,15 +73,20 @@ def can_rewrite(given: dict[str, Any]) -> Refusal | None:
         )
     if mask is not None and given["is_causal"]:
         return Refusal(Reason.MASK_AND_CAUSAL, facts, "combine them into one mask")
-    if given["dropout_p"] != 0.0:
+    if isinstance(given["dropout_p"], torch.fx.Node) or given["dropout_p"] != 0.0:
         return Refusal(
             Reason.DROPOUT, f"dropout_p={given['dropout_p']}", "set the attention dropout to 0"
         )
-    if query.shape[-1] > MAX_HEAD_DIM or val.shape[-1] > MAX_HEAD_DIM:
+    if not (head_dim_fits(query) and head_dim_fits(val)):
         return Refusal(Reason.HEAD_DIM_TOO_LARGE, facts, "use more heads of a smaller dimension")
     if mask is not None and mask.requires_grad:
         return Refusal(Reason.MASK_NEEDS_GRADIENT, describe(given["attn_mask"]), "detach the mask")
     return None
+
+
+def head_dim_fits(tensor: torch.Tensor) -> bool:
+    """Whether the head dimension is known, so that asking adds no guard, and not too large."""
+    return isinstance(tensor.shape[-1], int) and tensor.shape[-1] <= MAX_HEAD_DIM
 
 
 def capture_attention(graph: torch.fx.Graph) -> int:
@@ -79,19 +96,41 @@ def capture_attention(graph: torch.fx.Graph) -> int:
         given = sdpa_arguments(node)
         refusal = can_rewrite(given)
         if refusal is None:
-            node.target = torch.ops.triton_only.attention.default
-            node.args = tuple(given[name] for name in ("query", "key", "value", "attn_mask"))
-            node.kwargs = {
-                name: given[name]
-                for name in ("is_causal", "scale", "enable_gqa")
-                if given[name] != _DEFAULTS[name]
-            }
-            count += 1
-            continue
-        refuse(node, refusal)
-        if refusal.reason in DECOMPOSED:
+            _rewrite(node, given)
+        elif refusal.reason in DECOMPOSED:
+            refuse(node, refusal)
             _decompose(node, given)
+        else:
+            refuse(node, refusal)
+            continue
+        count += 1
     return count
+
+
+def _rewrite(node: torch.fx.Node, given: dict[str, Any]) -> None:
+    node.target = ATTENTION
+    node.args = tuple(given[name] for name in ("query", "key", "value", "attn_mask"))
+    node.kwargs = {
+        name: given[name]
+        for name in ("is_causal", "scale", "enable_gqa")
+        if given[name] is not _DEFAULTS[name]
+    }
+    expected = value(node)
+    readers = [user for user in node.users if _reads_layout(user)]
+    if not readers or same_layout(expected, fake_call(ATTENTION, node.args, node.kwargs)):
+        return
+    if not is_contiguous(expected):
+        return
+    with node.graph.inserting_after(node):
+        copy = node.graph.call_method("contiguous", (node,))
+    copy.meta = dict(node.meta)
+    for user in readers:
+        user.replace_input_with(node, copy)
+
+
+def _reads_layout(user: torch.fx.Node) -> bool:
+    name = user.target if user.op == "call_method" else getattr(user.target, "__name__", "")
+    return name not in ANY_LAYOUT
 
 
 def _decompose(node: torch.fx.Node, given: dict[str, Any]) -> None:
@@ -103,6 +142,6 @@ def _decompose(node: torch.fx.Node, given: dict[str, Any]) -> None:
         )
         output = node.graph.call_function(operator.getitem, (pair, 0))
     pair.meta = {k: v for k, v in node.meta.items() if k != "example_value"}
-    output.meta = dict(node.meta)
+    output.meta = {k: v for k, v in node.meta.items() if k != META_KEY}
     node.replace_all_uses_with(output)
     node.graph.erase_node(node)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+from itertools import compress
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from triton_only_backend import inductor
+
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
 # Provenance that a replacement inherits; values are computed anew.
 _PROVENANCE = (
@@ -47,25 +51,70 @@ def insert(
     graph = before.graph
     with graph.inserting_before(before):
         node = graph.call_function(target, args, dict(kwargs or {}))
-    for key in _PROVENANCE:
-        if key in before.meta:
-            node.meta[key] = before.meta[key]
+    _inherit(node, before)
     refresh(node)
     return node
 
 
+def _inherit(node: torch.fx.Node, origin: torch.fx.Node) -> None:
+    node.meta.update({key: origin.meta[key] for key in _PROVENANCE if key in origin.meta})
+
+
+def inline(
+    before: torch.fx.Node, function: Callable[..., Any], operands: Sequence[torch.fx.Node | None]
+) -> list[torch.fx.Node]:
+    """Traces a function into aten ops before a node; returns the nodes of what it returns."""
+    given = [operand for operand in operands if operand is not None]
+
+    def of_given(*tensors: Any) -> Any:
+        remaining = iter(tensors)
+        return function(*(None if operand is None else next(remaining) for operand in operands))
+
+    traced = inductor.decompose(of_given, [value(operand) for operand in given])
+    inlined = dict(zip(traced.graph.find_nodes(op="placeholder"), given, strict=True))
+    for node in traced.graph.nodes:
+        if node.op == "call_function":
+            with before.graph.inserting_before(before):
+                inlined[node] = before.graph.node_copy(node, inlined.__getitem__)
+            _inherit(inlined[node], before)
+    return [inlined[node] for node in traced.graph.output_node().args[0]]  # type: ignore[union-attr]
+
+
 def refresh(node: torch.fx.Node) -> None:
     """Computes a node's fake value from its arguments' (aten graphs only)."""
-    operands = torch.fx.map_arg((node.args, node.kwargs), value)
-    tensors = [v for v in _leaves(operands) if isinstance(v, torch._subclasses.FakeTensor)]
-    if not tensors:
-        return
-    with tensors[0].fake_mode:
-        node.meta["val"] = node.target(*operands[0], **operands[1])  # type: ignore[operator]
+    node.meta["val"] = fake_call(node.target, node.args, node.kwargs)
 
 
-def _leaves(tree: Any) -> list[Any]:
-    return torch.utils._pytree.tree_leaves(tree)
+def fake_call(target: Any, args: Any, kwargs: Any) -> Any:
+    """What an op gives for the fake values of nodes, without a gradient."""
+    args, kwargs = torch.fx.map_arg((args, kwargs), value)
+    leaves = torch.utils._pytree.tree_leaves((args, kwargs))
+    modes = [leaf.fake_mode for leaf in leaves if isinstance(leaf, torch._subclasses.FakeTensor)]
+    with modes[0] if modes else contextlib.nullcontext(), torch.no_grad():
+        return target(*args, **kwargs)
+
+
+def same_sizes(a: Any, b: Any) -> bool:
+    """Whether two sizes, or lists of sizes, are written alike: asking so adds no guard."""
+    return str(list(a)) == str(list(b))
+
+
+def is_contiguous(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is row-major, as its sizes are written: asking so adds no guard."""
+    strides: list[Any] = [1]
+    for size in reversed(tensor.shape[1:]):
+        strides.insert(0, strides[0] * size)
+    return _same_strides(tensor, strides)
+
+
+def same_layout(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors of one shape have the same strides, as they are written."""
+    return _same_strides(a, b.stride())
+
+
+def _same_strides(tensor: torch.Tensor, strides: Sequence[Any]) -> bool:
+    matter = [not (isinstance(size, int) and size == 1) for size in tensor.shape]
+    return same_sizes(compress(tensor.stride(), matter), compress(strides, matter))
 
 
 def replace(

@@ -21,8 +21,10 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 import triton_only_backend.kernels
-from triton_only_backend.passes.canonicalise_matmul import canonicalise_matmul
 from triton_only_backend.passes.capture_attention import capture_attention
+from triton_only_backend.passes.fold_broadcast_bmm import fold_broadcast_bmm
+from triton_only_backend.passes.fold_kv_expand import fold_kv_expand
+from triton_only_backend.passes.merge_linears import merge_linears
 from triton_only_backend.passes.rewrite_attention import rewrite_attention
 from triton_only_backend.passes.rewrite_matmul import rewrite_matmul
 
@@ -46,8 +48,10 @@ class Pass:
 PIPELINE: tuple[Pass, ...] = (
     Pass("capture_attention", "dynamo", capture_attention),
     Pass("rewrite_attention", "joint", rewrite_attention),
-    Pass("canonicalise_matmul", "aten", canonicalise_matmul),
+    Pass("fold_kv_expand", "aten", fold_kv_expand),
+    Pass("fold_broadcast_bmm", "aten", fold_broadcast_bmm),
     Pass("rewrite_matmul", "aten", rewrite_matmul),
+    Pass("merge_linears", "aten", merge_linears),
     Pass("rewrite_matmul", "sweep", rewrite_matmul),
 )
 NAMES = tuple(dict.fromkeys(p.name for p in PIPELINE))
@@ -66,7 +70,7 @@ class PassResult:
 def run_stage(
     stage: Stage, graph_module: torch.fx.GraphModule, disabled: Iterable[str] = ()
 ) -> list[PassResult]:
-    """Runs a stage's passes on a graph and the graphs nested in it (branches, loops, checkpoints)."""
+    """Runs a stage's passes on a graph and those nested in it (branches, loops, checkpoints)."""
     results: list[PassResult] = []
     for module in list(graph_module.modules()):
         if isinstance(module, torch.fx.GraphModule):
@@ -110,5 +114,6 @@ def source_hash() -> str:
     for folder in (here, kernels):
         for path in sorted(folder.rglob("*")):
             if path.suffix in (".py", ".json"):
-                digest.update(path.name.encode() + b"\0" + path.read_bytes())
+                name = f"{folder.name}/{path.relative_to(folder)}"
+                digest.update(name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()

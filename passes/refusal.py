@@ -19,11 +19,17 @@ class Reason(enum.Enum):
     UNSUPPORTED_DTYPE = "the kernels take float16, bfloat16 and float32, one dtype an operation"
     UNSUPPORTED_DEVICE = "an operand is on a device that Triton cannot drive"
     UNSUPPORTED_LAYOUT = "an operand is not a plain strided tensor"
-    HEAD_DIM_TOO_LARGE = "the head dimension exceeds 256"
+    HEAD_DIM_TOO_LARGE = "the head dimension exceeds 256, or varies"
     DROPOUT = "the attention kernels have no dropout"
     MASK_NEEDS_GRADIENT = "the attention kernels give no gradient for the mask"
+    BOTTOM_RIGHT_CAUSAL = (
+        "FlashAttention aligns is_causal to the bottom right, our kernels to the top left"
+    )
     MASK_AND_CAUSAL = "both a mask and is_causal are given, which PyTorch refuses"
-    DISABLED = "the pass is in disable_passes"
+
+
+# Attention refused for these reasons becomes bmm - softmax - bmm instead.
+DECOMPOSED = frozenset({Reason.HEAD_DIM_TOO_LARGE, Reason.DROPOUT, Reason.MASK_NEEDS_GRADIENT})
 
 
 @dataclass(frozen=True)
@@ -34,11 +40,14 @@ class Refusal:
     detail: str
     remedy: str
 
+    def __str__(self) -> str:
+        return f"{self.reason.value}: {self.detail}"
+
 
 def refuse(node: torch.fx.Node, refusal: Refusal) -> None:
     """Leaves the refusal on the node."""
     node.meta[META_KEY] = {
         "reason": refusal.reason.name,
-        "detail": f"{refusal.reason.value}: {refusal.detail}",
+        "detail": str(refusal),
         "remedy": refusal.remedy,
     }

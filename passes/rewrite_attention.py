@@ -1,7 +1,7 @@
 """Rewrites the library attention ops of an aten graph, forward and backward together.
 
-Why: Inductor recognises hand-written attention (bmm - softmax - bmm) in the joint graph and turns it
-into scaled_dot_product_attention, that is, into a library's kernel; models also call these ops.
+Why: Inductor recognises hand-written attention (bmm - softmax - bmm) in the joint graph and turns
+it into scaled_dot_product_attention, that is, into a library's kernel; models call these ops too.
 
 Before (joint graph):
     fwd = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True, scale=0.125)
@@ -12,29 +12,43 @@ After:
     out: "bf16[2, 4, 16, 64]" = fwd[0];  lse: "f32[2, 4, 16]" = fwd[1]
     bwd = triton_only.attention_backward(dout, q, k, v, None, out, lse, is_causal=True, scale=0.125)
 
-A forward without a backward becomes `triton_only.attention`. Left alone, each with its reason:
-dropout, head dimensions over 256, a backward that wants the mask's gradient, other dtypes.
+A forward without a backward becomes `triton_only.attention`. Dropout, head dimensions over 256 and
+a backward that wants the mask's gradient become bmm - softmax - bmm again (`attention_math`). Left
+alone, each with its reason: other dtypes, a forward whose private outputs (random state, padded
+log-sum-exp) something else than its backward reads, and FlashAttention's causal attention of
+unequal lengths, which is aligned to the bottom right.
 """
 
 from __future__ import annotations
 
+import logging
 import operator
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
 
-from triton_only_backend.passes.graph_edit import arguments, describe, insert, replace, value
-from triton_only_backend.passes.refusal import Reason, Refusal, refuse
+from triton_only_backend.passes import attention_math
+from triton_only_backend.passes.capture_attention import DTYPES, head_dim_fits
+from triton_only_backend.passes.graph_edit import (
+    arguments,
+    describe,
+    inline,
+    insert,
+    is_contiguous,
+    same_sizes,
+    value,
+)
+from triton_only_backend.passes.refusal import DECOMPOSED, Reason, Refusal, refuse
+
+log = logging.getLogger("triton_only_backend")
 
 aten = torch.ops.aten
 ours = torch.ops.triton_only
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-MAX_HEAD_DIM = 256
 
+FLASH = aten._scaled_dot_product_flash_attention.default
 BACKWARD_OF = {
-    aten._scaled_dot_product_flash_attention.default: (
-        aten._scaled_dot_product_flash_attention_backward.default
-    ),
+    FLASH: aten._scaled_dot_product_flash_attention_backward.default,
     aten._scaled_dot_product_efficient_attention.default: (
         aten._scaled_dot_product_efficient_attention_backward.default
     ),
@@ -44,6 +58,9 @@ BACKWARD_OF = {
     aten._scaled_dot_product_flash_attention_for_cpu.default: (
         aten._scaled_dot_product_flash_attention_for_cpu_backward.default
     ),
+    aten._scaled_dot_product_fused_attention_overrideable.default: (
+        aten._scaled_dot_product_fused_attention_overrideable_backward.default
+    ),
 }
 
 
@@ -51,47 +68,43 @@ def _mask(given: dict[str, Any]) -> Any:
     return given.get("attn_bias", given.get("attn_mask"))
 
 
-def _options(given: dict[str, Any]) -> dict[str, Any]:
-    options = {
-        "is_causal": given["is_causal"],
-        "scale": given["scale"],
-        # The library ops take fewer key heads than query heads without being told.
-        "enable_gqa": value(given["query"]).shape[1] != value(given["key"]).shape[1],
-    }
-    return {k: v for k, v in options.items() if v not in (False, None)}
+def _grad(given: dict[str, Any]) -> Any:
+    return given.get("grad_out", given.get("grad_out_"))
+
+
+def _outputs(node: torch.fx.Node) -> dict[int, torch.fx.Node]:
+    """The getitems of a node that something reads, by index."""
+    getitems = [user for user in node.users if user.target is operator.getitem and user.users]
+    return {int(cast("int", getitem.args[1])): getitem for getitem in getitems}
 
 
 def can_rewrite(forward: torch.fx.Node, backwards: list[torch.fx.Node]) -> Refusal | None:
     """None if our kernels can take over the forward and all its backwards, else why not."""
     given = arguments(forward)
     facts = describe(given["query"], given["key"], given["value"])
-    query, val = value(given["query"]), value(given["value"])
-    if query.dtype not in DTYPES:
+    query, key, val = (value(given[name]) for name in ("query", "key", "value"))
+    if query.dtype not in DTYPES or not query.dtype == key.dtype == val.dtype:
         return Refusal(Reason.UNSUPPORTED_DTYPE, facts, "cast query, key and value")
+    for index, getitem in _outputs(forward).items():
+        strangers = [user for user in getitem.users if user not in backwards]
+        public = index == 0 or (index == 1 and same_sizes(value(getitem).shape, query.shape[:3]))
+        if strangers and not public:
+            return Refusal(
+                Reason.UNSUPPORTED_LAYOUT,
+                f"{facts}; {strangers[0].name} uses the library kernel's private outputs",
+                "compile forward and backward together",
+            )
+    aligned = same_sizes(query.shape[2:3], key.shape[2:3])
+    if forward.target is FLASH and given["is_causal"] and not aligned:
+        return Refusal(Reason.BOTTOM_RIGHT_CAUSAL, facts, "pass a mask instead of is_causal")
     if given["dropout_p"] != 0.0:
         return Refusal(
             Reason.DROPOUT, f"dropout_p={given['dropout_p']}", "set the attention dropout to 0"
         )
-    if query.shape[-1] > MAX_HEAD_DIM or val.shape[-1] > MAX_HEAD_DIM:
+    if not (head_dim_fits(query) and head_dim_fits(val)):
         return Refusal(Reason.HEAD_DIM_TOO_LARGE, facts, "use more heads of a smaller dimension")
-    for backward in backwards:
-        if any(u.args[1] == 3 and u.users for u in backward.users):
-            return Refusal(Reason.MASK_NEEDS_GRADIENT, facts, "detach the mask")
-    used = {user.args[1] for user in forward.users if user.target is operator.getitem}
-    private = used - {0, 1}
-    outside = [
-        user
-        for getitem in forward.users
-        if getitem.target is operator.getitem and getitem.args[1] in private
-        for user in getitem.users
-        if user not in backwards
-    ]
-    if outside:
-        return Refusal(
-            Reason.UNSUPPORTED_LAYOUT,
-            f"{facts}; {outside[0].name} uses the library kernel's private outputs",
-            "compile forward and backward together",
-        )
+    if any(3 in _outputs(backward) for backward in backwards):
+        return Refusal(Reason.MASK_NEEDS_GRADIENT, facts, "detach the mask")
     return None
 
 
@@ -107,43 +120,93 @@ def rewrite_attention(graph: torch.fx.Graph) -> int:
                 if arguments(node)["out"] in outputs
             ]
             refusal = can_rewrite(forward, backwards)
-            if refusal is not None:
-                refuse(forward, refusal)
+            if refusal is None:
                 for node in backwards:
+                    _rewrite_backward(node)
+                    _erase(node)
+                _rewrite_forward(forward, needs_logsumexp=bool(backwards))
+            elif refusal.reason in DECOMPOSED and 1 not in _read_by_others(forward, backwards):
+                log.info("attention runs as bmm, softmax, bmm: %s", refusal)
+                _decompose(forward, backwards)
+            else:
+                for node in (forward, *backwards):
                     refuse(node, refusal)
                 continue
-            for node in backwards:
-                _rewrite_backward(node)
-            _rewrite_forward(forward, needs_logsumexp=bool(backwards))
+            _erase(forward)
             count += 1
     return count
 
 
+def _read_by_others(forward: torch.fx.Node, backwards: list[torch.fx.Node]) -> set[int]:
+    items = _outputs(forward).items()
+    return {index for index, item in items if any(u not in backwards for u in item.users)}
+
+
+def _options(given: dict[str, Any]) -> dict[str, Any]:
+    # The library ops take fewer key heads than query heads without being told.
+    heads = (value(given[name]).shape[1:2] for name in ("query", "key"))
+    options = {
+        "is_causal": given["is_causal"],
+        "scale": given["scale"],
+        "enable_gqa": not same_sizes(*heads),
+    }
+    return {k: v for k, v in options.items() if v is not None and v is not False}
+
+
 def _rewrite_backward(node: torch.fx.Node) -> None:
     given = arguments(node)
-    grad = given.get("grad_out", given.get("grad_out_"))
     names = ("query", "key", "value")
-    replace(
+    new = insert(
         node,
         ours.attention_backward.default,
-        (grad, *(given[n] for n in names), _mask(given), given["out"], given["logsumexp"]),
+        (_grad(given), *(given[n] for n in names), _mask(given), given["out"], given["logsumexp"]),
         _options(given),
     )
+    for index, getitem in _outputs(node).items():
+        _put(getitem, insert(getitem, operator.getitem, (new, index)))
 
 
 def _rewrite_forward(node: torch.fx.Node, *, needs_logsumexp: bool) -> None:
     given = arguments(node)
     args = (given["query"], given["key"], given["value"], _mask(given))
-    getitems = {u.args[1]: u for u in node.users if u.target is operator.getitem}
-    needs_logsumexp = needs_logsumexp or bool(1 in getitems and getitems[1].users)
-    op = ours.attention_forward.default if needs_logsumexp else ours.attention.default
-    new = insert(node, op, args, _options(given))
-    for index, getitem in getitems.items():
-        if index == 0 and not needs_logsumexp:
-            getitem.replace_all_uses_with(new)
-        elif index in (0, 1) and needs_logsumexp:
-            getitem.replace_all_uses_with(insert(getitem, operator.getitem, (new, index)))
-        if not getitem.users:
-            getitem.graph.erase_node(getitem)
-    if not node.users:
-        node.graph.erase_node(node)
+    outputs = _outputs(node)
+    if needs_logsumexp or 1 in outputs:
+        new = insert(node, ours.attention_forward.default, args, _options(given))
+    else:
+        new = insert(node, ours.attention.default, args, _options(given))
+    for index, getitem in outputs.items():
+        pair = new.target is ours.attention_forward.default
+        _put(getitem, insert(getitem, operator.getitem, (new, index)) if pair else new)
+
+
+def _decompose(forward: torch.fx.Node, backwards: list[torch.fx.Node]) -> None:
+    given = arguments(forward)
+    options = attention_math.Options(given["is_causal"], given["scale"], given["dropout_p"])
+    operands = [given["query"], given["key"], given["value"], _mask(given)]
+    out, *saved = inline(forward, partial(attention_math.forward, options=options), operands)
+    for node in backwards:
+        function = partial(attention_math.backward, options=options)
+        grads = inline(node, function, [_grad(arguments(node)), *operands, *saved])
+        for index, getitem in _outputs(node).items():
+            _put(getitem, grads[index])
+        _erase(node)
+    for getitem in _outputs(forward).values():
+        _put(getitem, out)
+
+
+def _erase(node: torch.fx.Node) -> None:
+    """Erases a node that nothing reads. FX would keep it, because it may draw random numbers."""
+    for getitem in list(node.users):
+        node.graph.erase_node(getitem)
+    node.graph.erase_node(node)
+
+
+def _put(old: torch.fx.Node, new: torch.fx.Node) -> None:
+    """Puts a new value in the place of an old, as contiguous as that where it is an output."""
+    leaving = [user for user in old.users if user.op == "output"]
+    if leaving and is_contiguous(value(old)) and not is_contiguous(value(new)):
+        options = {"memory_format": torch.contiguous_format}
+        copy = insert(old, aten.clone.default, (new,), options)
+        for user in leaving:
+            user.replace_input_with(old, copy)
+    old.replace_all_uses_with(new)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import collections
+import functools
 import itertools
 import json
 import logging
 import os
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,12 +15,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from triton_only_backend import inductor, interpreter, settings
-from triton_only_backend.errors import AuditError, DeviceError, SettingsError, TritonOnlyError, nearest
+from triton_only_backend.errors import (
+    DeviceError,
+    SettingsError,
+    TritonOnlyError,
+    nearest,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from triton_only_backend.audit import AuditReport
+    from triton_only_backend.audit import AuditReport, GraphOp
+    from triton_only_backend.passes.pipeline import Stage
     from triton_only_backend.settings import Settings
 
 log = logging.getLogger("triton_only_backend")
@@ -75,6 +81,7 @@ class Compilation:
     settings: Settings
     serial: int = field(default_factory=lambda: next(_serial))
     reports: list[AuditReport] = field(default_factory=list)
+    refused: list[GraphOp] = field(default_factory=list)
 
     def compile(
         self, gm: torch.fx.GraphModule, example_inputs: Sequence[Any]
@@ -82,6 +89,7 @@ class Compilation:
         """The compiled graph; `reports` holds the audit of what was compiled."""
         interpreted = check_devices(gm)
         from triton_only_backend.passes import pipeline
+        from triton_only_backend.passes.decompositions import DECOMPOSITIONS
 
         for name in self.settings.disable_passes:
             if name not in pipeline.NAMES:
@@ -90,8 +98,15 @@ class Compilation:
                     f"(passes: {', '.join(pipeline.NAMES)})"
                 )
         pipeline.run_stage("dynamo", gm, self.settings.disable_passes)
+        from triton_only_backend import audit
+
+        self.refused = [op for op in audit.audit_graph(gm) if op.refused]
         return inductor.compile_graph(
-            gm, example_inputs, config=self._config(interpreted), inner_compile=self._inner_compile
+            gm,
+            example_inputs,
+            config=self._config(interpreted),
+            decompositions=DECOMPOSITIONS,
+            inner_compile=self._inner_compile,
         )
 
     def _config(self, interpreted: bool) -> dict[str, Any]:
@@ -104,13 +119,15 @@ class Compilation:
             config = {**inductor.AUTOTUNE_CONFIG, **config}
         uuid = f"{pipeline.source_hash()}-{self.settings.key}"
 
-        def stage(name: pipeline.Stage) -> Any:
-            return inductor.graph_pass(
-                name, uuid, lambda g: pipeline.run_on_graph(name, g, self.settings.disable_passes)
-            )
+        def add(hook: str, stage: Stage) -> None:
+            def run(graph: torch.fx.Graph) -> None:
+                pipeline.run_on_graph(stage, graph, self.settings.disable_passes)
 
-        for hook, name in (("joint_custom_post_pass", "joint"), ("post_grad_custom_post_pass", "sweep")):
-            config[hook] = inductor.after(config.get(hook), stage(name))
+            ours = inductor.graph_pass(stage, uuid, run)
+            config[hook] = inductor.after(config.get(hook), ours)
+
+        add("joint_custom_post_pass", "joint")
+        add("post_grad_custom_post_pass", "sweep")
         return config
 
     def _inner_compile(
@@ -131,18 +148,24 @@ class Compilation:
         # Before Inductor, whose passes mutate the graph; they add nothing a library would run
         # that the generated code does not show.
         graph_ops = audit.audit_graph(gm)
-        about = {"graph_name": f"graph {self.serial} ({kind})", "allow": self.settings.allow}
+        report = functools.partial(
+            audit.AuditReport.from_graph,
+            graph_ops,
+            graph_name=f"graph {self.serial} ({kind})",
+            allow=self.settings.allow,
+            refused=() if backward else self.refused,
+        )
         try:
             compiled = compile_fx_inner(gm, example_inputs, **kwargs)
         except inductor.inductor_error() as error:
             if inductor.is_missing_template(error):
                 # The graph alone says which operation that was, and what to do.
-                self._record(audit.AuditReport.from_graph(graph_ops, None, **about))
+                self._record(report(None))
                 self.raise_for_violations()
             raise
         source = inductor.source_code(compiled)
         calls = None if source is None else audit.audit_source(source)
-        self._record(audit.AuditReport.from_graph(graph_ops, calls, **about))
+        self._record(report(calls, cudagraphs=inductor.cudagraphs(compiled)))
         if backward:
             # Compiled when the backward first runs, outside Dynamo: raised at once.
             self.raise_for_violations()
@@ -186,13 +209,25 @@ def check_devices(gm: torch.fx.GraphModule) -> bool:
 
 
 def write_reports(path: Path, report: AuditReport) -> None:
-    """Adds a report to the JSON list in a file, which is replaced whole or not at all."""
-    reports = json.loads(path.read_text()) if path.exists() else []
-    reports.append(report.to_dict())
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
-        json.dump(reports, file, indent=2)
-    os.replace(file.name, path)
+    """Adds a report to the JSON list in a file, which is replaced whole or not at all.
+
+    Raises:
+        SettingsError: the file holds something else, or cannot be written.
+    """
+    try:
+        reports = json.loads(path.read_text()) if path.exists() else []
+        if not isinstance(reports, list):
+            raise ValueError("it holds no list")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps([*reports, report.to_dict()], indent=2, default=str)
+        whole = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        whole.write_text(text)
+        whole.replace(path)
+    except (OSError, ValueError) as error:
+        raise SettingsError(
+            f"triton_only: option 'report' is {str(path)!r}, to which no report can be added "
+            f"({error}); name a new file, or one that this backend wrote"
+        ) from error
 
 
 def audit_model(model: Callable[..., Any], *args: Any, **kwargs: Any) -> AuditReport:
@@ -206,13 +241,32 @@ def audit_model(model: Callable[..., Any], *args: Any, **kwargs: Any) -> AuditRe
     Returns:
         The report over all graphs; with a gradient to come, of the backward too.
     """
+    return audit_with(model, args, kwargs)
+
+
+def audit_with(
+    model: Callable[..., Any],
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    dynamic: bool | None = None,
+) -> AuditReport:
+    """`audit_model` with `mode`, `options` and `dynamic` as `torch.compile` takes them.
+
+    Raises:
+        SettingsError: an unknown mode or option.
+    """
     from triton_only_backend.audit import AuditReport
 
+    parsed = settings.parse(mode, {**(options or {}), "on_violation": "ignore"})
     model = getattr(model, "_orig_mod", model)
+    kwargs = dict(kwargs or {})
     collected: list[Compilation] = []
 
     def backend(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        compilation = Compilation(settings.parse(options={"on_violation": "ignore"}))
+        compilation = Compilation(parsed)
         collected.append(compilation)
         try:
             return compilation.compile(gm, example_inputs)
@@ -220,8 +274,8 @@ def audit_model(model: Callable[..., Any], *args: Any, **kwargs: Any) -> AuditRe
             return _raises(error)
 
     breaks_before = inductor.graph_breaks()
-    output = torch.compile(model, backend=backend)(*args, **kwargs)
-    _run_backward(output)
+    compiled = inductor.compile_apart(model, backend=backend, dynamic=dynamic)
+    _run_backward(compiled(*args, **kwargs), inputs=(args, kwargs))
     breaks = {
         reason: count - breaks_before.get(reason, 0)
         for reason, count in inductor.graph_breaks().items()
@@ -233,27 +287,30 @@ def audit_model(model: Callable[..., Any], *args: Any, **kwargs: Any) -> AuditRe
     )
 
 
-def _run_backward(output: Any) -> None:
-    """Runs the backward, whose graph is compiled only then, without touching any `.grad`."""
-    from torch.autograd.graph import Node
+def _run_backward(output: Any, inputs: Any) -> None:
+    """Runs the backward, whose graph is compiled only then, without touching any `.grad`.
 
-    tensors = [
-        t
-        for t in torch.utils._pytree.tree_leaves(output)
-        if isinstance(t, torch.Tensor) and t.requires_grad and t.grad_fn is not None
-    ]
-    if not tensors:
-        return
-    leaves: dict[int, torch.Tensor] = {}
-    stack: list[Node] = [t.grad_fn for t in tensors if t.grad_fn is not None]
+    It ends at the inputs and at the parameters: a graph that the inputs come from is not run.
+    """
+    tensors = _with_gradient(output)
+    tensors = [t for t in tensors if t.grad_fn is not None]
+    ends = {id(t): t for t in _with_gradient(inputs)}
+    made_by = {t.grad_fn for t in ends.values()}
+    stack = [t.grad_fn for t in tensors]
     seen = set()
     while stack:
         node = stack.pop()
-        if node in seen:
+        if node is None or node in seen or node in made_by:
             continue
         seen.add(node)
-        if hasattr(node, "variable"):
-            leaves[id(node.variable)] = node.variable
-        stack += [parent for parent, _ in node.next_functions if parent is not None]
-    grads = [torch.ones_like(t) for t in tensors]
-    torch.autograd.grad(tensors, list(leaves.values()), grads, allow_unused=True)
+        if hasattr(node, "variable"):  # accumulates into a leaf
+            ends[id(node.variable)] = node.variable
+        stack += [parent for parent, _ in node.next_functions]
+    if tensors and ends:
+        grads = [torch.ones_like(t) for t in tensors]
+        torch.autograd.grad(tensors, list(ends.values()), grads, allow_unused=True)
+
+
+def _with_gradient(tree: Any) -> list[torch.Tensor]:
+    leaves = torch.utils._pytree.tree_leaves(tree)
+    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.requires_grad]

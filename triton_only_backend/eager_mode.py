@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -25,28 +27,34 @@ PRODUCTS = {
     aten.baddbmm.default: ours.baddbmm,
     aten.baddbmm.dtype: ours.baddbmm,
 }
+SDPA = F.scaled_dot_product_attention
+MAX_HEAD_DIM = 256
 
 
 class _Attention(TorchFunctionMode):
     """scaled_dot_product_attention, above autograd: our op brings its own gradient."""
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        if func is torch.nn.functional.scaled_dot_product_attention:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is SDPA:
             return _attention(*args, **(kwargs or {}))
+        if func is F.multi_head_attention_forward:  # the mode does not see what it calls
+            with mock.patch.object(F, "scaled_dot_product_attention", _attention):
+                return func(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 
 class _Products(TorchDispatchMode):
     """mm, addmm, bmm and baddbmm, below autograd: also those of a backward run inside."""
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         if func not in PRODUCTS:
-            return func(*args, **kwargs)
+            with self:  # in inference mode linear, matmul and einsum arrive whole
+                result = func.decompose(*args, **kwargs)
+            return func(*args, **kwargs) if result is NotImplemented else result
         if func._overloadname == "dtype":
             position = [a.name for a in func._schema.arguments].index("out_dtype")
             if len(args) > position:
@@ -65,9 +73,10 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> torch.Tensor:
-    if dropout_p != 0.0 or (attn_mask is not None and (is_causal or attn_mask.requires_grad)):
+    masked = attn_mask is not None and (is_causal or attn_mask.requires_grad)
+    if dropout_p != 0.0 or masked or max(query.shape[-1], value.shape[-1]) > MAX_HEAD_DIM:
         with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-            return torch.nn.functional.scaled_dot_product_attention(
+            return SDPA(
                 query, key, value, attn_mask, dropout_p, is_causal,
                 scale=scale, enable_gqa=enable_gqa,
             )  # fmt: skip
@@ -81,8 +90,9 @@ def _attention(
 def eager() -> Iterator[None]:
     """Sends mm, addmm, bmm, baddbmm and scaled_dot_product_attention to our ops, uncompiled.
 
-    Attention with dropout, or with a mask that needs a gradient, runs as bmm, softmax, bmm, of which
-    the products are ours. Everything else runs as PyTorch runs it; nothing is audited.
+    Attention with dropout, with a head dimension over 256 or with a mask that needs a gradient runs
+    as bmm, softmax, bmm, of which the products are ours. Everything else runs as PyTorch runs it;
+    nothing is audited.
 
     Raises, at the call:
         UnsupportedProblemError: an operand that the kernels do not take (a dtype, say).

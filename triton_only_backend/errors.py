@@ -1,4 +1,4 @@
-"""One class for each failure a user can meet. Each message names the thing, the cause and a remedy."""
+"""One class for each failure a user can meet; each message names thing, cause and remedy."""
 
 from __future__ import annotations
 

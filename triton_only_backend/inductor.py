@@ -7,6 +7,8 @@ and 2.15 inside. Nothing of torch._inductor is imported before it is called.
 from __future__ import annotations
 
 import functools
+import inspect
+import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,12 +37,23 @@ def option_names() -> frozenset[str]:
     return frozenset(torch._inductor.list_options())
 
 
-def graph_pass(name: str, uuid: str, run: Callable[[torch.fx.Graph], None]) -> Any:
+def option_type(name: str) -> type | None:
+    """The type that a key of torch._inductor.config takes, or None where it takes several."""
+    from torch._inductor import config
+
+    kind = config.get_type(name)  # type: ignore[attr-defined]  # installed by ConfigModule
+    return kind if isinstance(kind, type) and not hasattr(kind, "__origin__") else None
+
+
+def graph_pass(name: str, uuid: str, run: Callable[[torch.fx.Graph], Any]) -> Any:
     """An Inductor custom pass; its uuid makes Inductor's graph cache notice a change."""
     from torch._inductor.custom_graph_pass import CustomGraphPass
+    from torch._inductor.pattern_matcher import stable_topological_sort
 
     class Pass(CustomGraphPass):
         def __call__(self, graph: torch.fx.Graph) -> None:
+            # Inductor's patterns leave nodes out of order until all passes have run.
+            stable_topological_sort(graph)
             run(graph)
 
         def uuid(self) -> str:
@@ -69,25 +82,67 @@ def compile_graph(
     example_inputs: Sequence[Any],
     *,
     config: Mapping[str, Any],
+    decompositions: Mapping[Any, Callable[..., Any]],
     inner_compile: Callable[..., Any],
 ) -> Callable[..., Any]:
     """AOTAutograd and Inductor on a Dynamo graph.
 
-    `inner_compile(compile, gm, example_inputs, **kwargs)` is called for each aten graph (inference,
-    forward, backward) and must return what `compile(gm, example_inputs, **kwargs)` returns.
+    Args:
+        decompositions: by aten op, beside Inductor's own.
+        inner_compile: called as `inner_compile(compile, gm, inputs, **kwargs)` for each aten graph
+            (inference, forward, backward); must return what `compile(gm, inputs, **kwargs)`
+            returns.
     """
     from torch._functorch import config as functorch_config
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
+    def compile_aten(gm: torch.fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:
+        # The graph is taken apart already, and Inductor's cache refuses a key that holds a table.
+        kwargs.pop("get_decomp_fn", None)
+        return inner_compile(compile_fx_inner, gm, inputs, **kwargs)
+
     # A hit in AOTAutograd's cache would bypass inner_compile, and with it the audit.
     with functorch_config.patch(enable_autograd_cache=False):
-        compiled: Callable[..., Any] = compile_fx(
+        compiled: Any = compile_fx(
             gm,
             example_inputs,
-            inner_compile=functools.partial(inner_compile, compile_fx_inner),
+            inner_compile=compile_aten,
             config_patches=dict(config),
+            decompositions={**_inductor_decompositions(config), **decompositions},
         )
-    return compiled
+    return compiled  # type: ignore[no-any-return]
+
+
+def decompose(function: Callable[..., Any], inputs: Sequence[Any]) -> torch.fx.GraphModule:
+    """A function of fake tensors as an aten graph, as Inductor has it after its joint passes."""
+    from torch._inductor import config
+    from torch._inductor.fx_passes.replace_random import replace_random_passes
+    from torch._inductor.virtualized import V
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    trace = make_fx(function, decomposition_table=_inductor_decompositions({}))
+    mode = inputs[0].fake_mode
+    with mode, V.set_fake_mode(mode), torch.no_grad():
+        traced: torch.fx.GraphModule = trace(*inputs)
+        if not config.fallback_random:
+            replace_random_passes(traced)
+    return traced
+
+
+def _inductor_decompositions(config: Mapping[str, Any]) -> dict[Any, Callable[..., Any]]:
+    from torch._inductor import config as inductor_config
+    from torch._inductor.decomposition import select_decomp_table
+
+    with inductor_config.patch(dict(config)):
+        return dict(select_decomp_table())
+
+
+def cudagraphs(compiled: Any) -> Any:
+    """Whether a compiled graph asked for CUDA graphs, and PyTorch's reason to do without."""
+    from torch._inductor import config
+
+    reason = getattr(compiled, "disabled_cudagraphs_reason", None)
+    return {"on": bool(config.triton.cudagraphs), "skipped": [reason] if reason else []}
 
 
 def is_missing_template(error: BaseException) -> bool:
@@ -114,13 +169,14 @@ def source_code(compiled: Any) -> str | None:
     return getattr(compiled, "source_code", None)
 
 
-def fake_mode_of(gm: torch.fx.GraphModule) -> Any:
-    """The FakeTensorMode that a graph's values were traced under, or None."""
-    from torch._dynamo.utils import detect_fake_mode
+def compile_apart(model: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """torch.compile, kept apart from other compilations of the same code where torch can.
 
-    return detect_fake_mode(
-        [n.meta["val"] for n in gm.graph.nodes if isinstance(n.meta.get("val"), torch.Tensor)]
-    )
+    Its entries then count against no other's recompile limit (torch 2.13 and later).
+    """
+    if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
+        options["isolate_recompiles"] = True
+    return torch.compile(model, **options)
 
 
 def graph_breaks() -> dict[str, int]:
@@ -136,3 +192,34 @@ def reset_cudagraphs() -> None:
         from torch._inductor.cudagraph_trees import reset_cudagraph_trees
 
         reset_cudagraph_trees()
+
+
+def has_triton_lowering(overload: torch._ops.OpOverload) -> bool:
+    """Whether Inductor turns the op into code of its own, and not into a call of the op."""
+    from torch._inductor.decomposition import decompositions
+    from torch._inductor.lowering import lowerings
+
+    handler = lowerings.get(overload)
+    if handler is None:
+        return overload in decompositions
+    return not getattr(handler, "_is_fallback_handler", False)
+
+
+def static_kernel_classes() -> frozenset[type]:
+    """The classes of kernels that Inductor's static launcher has loaded; it may not be in use."""
+    modules = ("static_triton_launcher", "static_cuda_launcher")
+    found = [sys.modules.get(f"torch._inductor.runtime.{module}") for module in modules]
+    return frozenset(
+        value
+        for module in found
+        if module is not None
+        for name, value in vars(module).items()
+        if isinstance(value, type) and name.startswith("StaticallyLaunched")
+    )
+
+
+def replace_libdevice(functions: Any) -> None:
+    """Puts `functions` where the kernels that Inductor generates look for `libdevice`."""
+    from torch._inductor.runtime import triton_helpers
+
+    vars(triton_helpers)["libdevice"] = functions

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from triton_only_backend import inductor
 from triton_only_backend.errors import SettingsError, nearest
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 ON_VIOLATION = ("error", "warn", "ignore")
 TUNING = ("shipped",)
@@ -64,7 +66,8 @@ def parse(
         if key in OWN_OPTIONS:
             own[key] = _checked(key, value, f"option {key!r}")
         else:
-            config[_inductor_key(key)] = value
+            name = _inductor_key(key)
+            config[name] = _typed_as(inductor.option_type(name), value, key)
     return Settings(**own, inductor=config)
 
 
@@ -90,6 +93,12 @@ def _inductor_key(key: str) -> str:
             f"(own options: {', '.join(OWN_OPTIONS)}; or any key of torch._inductor.config)"
         )
     return name
+
+
+def _typed_as(kind: type | None, value: Any, key: str) -> Any:
+    if kind in (bool, int, float, str) and type(value) is not kind:
+        raise SettingsError(f"triton_only: option {key!r} takes a {kind.__name__}, got {value!r}")
+    return value
 
 
 def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
@@ -130,9 +139,10 @@ def _checked(key: str, value: Any, where: str) -> Any:
                 f"triton_only: {where} is {value!r}{hint} (one of {', '.join(choices)})"
             )
     elif key in ("allow", "disable_passes"):
-        if isinstance(value, str) or not all(isinstance(item, str) for item in value):
+        listed = isinstance(value, list | tuple | set | frozenset)
+        if not listed or not all(isinstance(item, str) for item in value):
             raise SettingsError(f"triton_only: {where} must be a list of strings, got {value!r}")
-        value = tuple(value)
+        value = tuple(sorted(value) if isinstance(value, set | frozenset) else value)
     elif key == "deterministic" and not isinstance(value, bool):
         raise SettingsError(f"triton_only: {where} must be True or False, got {value!r}")
     elif key == "report" and value is not None:
