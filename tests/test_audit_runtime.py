@@ -58,6 +58,16 @@ needs_interpreter = pytest.mark.skipif(
         ("ncclDevKernel_AllReduce_Sum_bf16_RING_LL(int)", Provider.NCCL),
         ("Memcpy DtoD (Device -> Device)", Provider.MEMCPY),
         ("Memset (Device)", Provider.MEMSET),
+        (
+            "void at::native::(anonymous namespace)::multi_tensor_apply_kernel<at::native::"
+            "(anonymous namespace)::UnaryOpFunctor<long, 2>, at::native::Copy<long, long> >()",
+            Provider.MEMCPY,
+        ),
+        (
+            "void at::native::(anonymous namespace)::multi_tensor_apply_kernel<at::native::"
+            "(anonymous namespace)::UnaryOpFunctor<float, 2>, at::native::Copy<float, half> >()",
+            Provider.ATEN,
+        ),
         ("my_hand_written_cuda_kernel(float*)", Provider.UNKNOWN),
     ],
 )
@@ -133,6 +143,9 @@ class FakeKineto:
 
     def device_type(self):
         return getattr(torch._C._autograd.DeviceType, self._device)
+
+    def start_ns(self) -> int:
+        return 5000
 
     def duration_ns(self) -> int:
         return 2000
@@ -264,6 +277,7 @@ def test_an_aten_op_that_a_triton_kernel_implements_is_taken_apart():
             cpu_children=list(children),
             cpu_parent=None,
             cpu_time_total=5.0,
+            time_range=SimpleNamespace(start=0.0),
             is_user_annotation=annotation,
         )
         for child in children:

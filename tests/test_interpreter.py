@@ -92,6 +92,22 @@ def test_casts_from_bfloat16_read_the_number(target):
     assert torch.equal(y, x.to(target))
 
 
+@triton.jit
+def _add_rows_kernel(out_ptr, x_ptr, index_ptr, COLUMNS: tl.constexpr):
+    """Each program adds one row, under a mask of one element that is broadcast."""
+    row = tl.program_id(0) + tl.arange(0, 1)[:, None]
+    columns = tl.arange(0, COLUMNS)[None, :]
+    values = tl.load(x_ptr + row * COLUMNS + columns)
+    tl.atomic_add(out_ptr + tl.load(index_ptr + row) * COLUMNS + columns, values, row >= 0)
+
+
+def test_atomics_with_a_broadcast_mask():
+    x, index = torch.randn(5, 32), torch.tensor([3, 1, 3, 0, 1])
+    out = torch.zeros(4, 32)
+    _add_rows_kernel[(5,)](out, x, index, 32)
+    torch.testing.assert_close(out, torch.zeros(4, 32).index_add(0, index, x))
+
+
 @pytest.mark.parametrize("name", ["tanh", "erf", "rsqrt", "log1p", "isnan", "pow", "llrint"])
 @pytest.mark.parametrize("dtype", (tl.float32, tl.bfloat16), ids=str)
 def test_libdevice_computes(name, dtype):

@@ -1,6 +1,6 @@
 """Runs Triton kernels, ours and Inductor's, on CPU tensors through the Triton interpreter.
 
-Used by itself on a machine with no GPU. The stock interpreter needs seven mends for that:
+Used by itself on a machine with no GPU. The stock interpreter needs eight mends for that:
 
 1. Functions decorated with `@triton.jit` before the interpreter was switched on stay compiled
    functions; they are rebound, so that importing triton first (as torch._dynamo does) is harmless.
@@ -14,6 +14,8 @@ Used by itself on a machine with no GPU. The stock interpreter needs seven mends
    run on halves instead, log2(n) times, in the same order.
 7. Every call of a device function replaces all of triton.language's functions again, a quarter of
    all time; once a launch is enough.
+8. Atomics read broadcast operands (a mask of shape (1, 1), say) past their end; they are
+   written out.
 """
 
 from __future__ import annotations
@@ -90,6 +92,7 @@ def _install() -> None:
     _mend_casts()
     _mend_libdevice()
     _mend_reductions()
+    _mend_atomics()
     _patch_once_a_launch()
     _name_launches()
     _clear_triton_probes()
@@ -328,6 +331,25 @@ def _name_launches() -> None:
             return original(self, *args, **kwargs)
 
     InterpretedFunction.run = run
+
+
+def _mend_atomics() -> None:
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def written_out(value: Any) -> Any:
+        if isinstance(value, TensorHandle) and not value.data.flags.c_contiguous:
+            return TensorHandle(np.ascontiguousarray(value.data), value.dtype)
+        return value
+
+    def mended(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def create_atomic(self: Any, *args: Any) -> Any:
+            return original(self, *map(written_out, args))
+
+        return create_atomic
+
+    for name in ("create_atomic_rmw", "create_atomic_cas"):
+        setattr(InterpreterBuilder, name, mended(getattr(InterpreterBuilder, name)))
 
 
 def _mend_libdevice() -> None:

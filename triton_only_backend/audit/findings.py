@@ -1,25 +1,39 @@
-"""One operation outside Triton, told by what the graph and the generated code know of it."""
+"""One operation of a report, told by what the graph and the generated code know of it."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from triton_only_backend.audit import policy
+from triton_only_backend.audit.policy import Provider, Reason
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from triton_only_backend.audit.generated_code import CodeCall
     from triton_only_backend.audit.graph import GraphOp
-    from triton_only_backend.audit.policy import Provider, Reason
+
+# After a graph break Dynamo goes on in a function of its own making.
+_RESUMED = re.compile(r"torch_dynamo_resume_in_(?P<function>.+)_at_\d+$")
+_SOURCE_LINE = re.compile(r"(?P<file>.+?):(?P<line>\d+) in (?P<function>[^\s:]+)")
+
+
+class SourcePlace(NamedTuple):
+    """Where a line of the user's code stands."""
+
+    file: str
+    line: int
+    function: str
 
 
 @dataclass(frozen=True)
 class Finding:
     """One operation that runs outside Triton, with every place where it does so alike.
+
+    A report's notes and its lists of copies and collectives are made of the same facts.
 
     Attributes:
         op: "aten.sort.default".
@@ -63,9 +77,29 @@ class Finding:
     @property
     def module_path(self) -> str:
         """`layers.0.mlp`, or `layers.*.mlp (32 modules)` for all of its modules."""
-        if len(self.modules) < 2:
-            return "".join(self.modules)
-        return f"{_generalise(self.modules[0])} ({len(self.modules)} modules)"
+        return module_pattern(self.modules)
+
+    @property
+    def source_place(self) -> SourcePlace | None:
+        """The source line's file, line and function; None where no line is known."""
+        match = _SOURCE_LINE.match(self.source_line)
+        if match is None:
+            return None
+        resumed = _RESUMED.match(match["function"])
+        function = resumed["function"] if resumed else match["function"]
+        return SourcePlace(match["file"], int(match["line"]), function)
+
+    @property
+    def identity(self) -> str:
+        """What makes it the same finding in another report: the op, the place and the reason.
+
+        The place is the function that the op is called in, or the module's path with its layer
+        numbers left out; line numbers, shapes and counts do not matter.
+        """
+        place = self.source_place
+        modules = sorted({generalise(module) for module in self.modules})
+        where = f"{place.file}:{place.function}" if place else ",".join(modules)
+        return f"{self.op} | {where} | {self.refused or (self.reason.name if self.reason else '')}"
 
     @property
     def why(self) -> str:
@@ -85,11 +119,26 @@ class Finding:
         values["module_path"] = self.module_path
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Finding:
+        """The finding that `to_dict` made `data` of."""
+        values: dict[str, Any] = {name: data[name] for name in cls.__dataclass_fields__}
+        values["provider"] = Provider(data["provider"])
+        values["reason"] = None if data["reason"] is None else Reason[data["reason"]]
+        values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**values)
+
     def matches(self, pattern: str) -> bool:
-        """Whether an `allow` glob names the op, the call, the op it came from or its provider."""
-        names = [self.op, self.call, self.graph_op, self.provider.name, self.provider.value]
-        names += [policy.packet(self.op), policy.packet(self.graph_op)]
-        return any(name and fnmatchcase(name.lower(), pattern.lower()) for name in names)
+        """Whether an `allow` glob names the op, the call, the op it came from or its provider.
+
+        "model.vision.*::aten.convolution*" holds only where all of its modules match as well.
+        """
+        modules, separator, names = pattern.rpartition("::")
+        if separator and not all(fnmatchcase(m, modules) for m in self.modules or ("",)):
+            return False
+        known = [self.op, self.call, self.graph_op, self.provider.name, self.provider.value]
+        known += [policy.packet(self.op), policy.packet(self.graph_op)]
+        return any(name and fnmatchcase(name.lower(), names.lower()) for name in known)
 
 
 def link(calls: Sequence[CodeCall], graph_ops: Sequence[GraphOp]) -> list[GraphOp | None]:
@@ -170,7 +219,15 @@ def from_call(call: CodeCall, op: GraphOp | None, graph: str) -> Finding:
     return replace(finding, call=call.name, code_line=call.line)
 
 
-def _generalise(module_path: str) -> str:
+def module_pattern(modules: Sequence[str]) -> str:
+    """`layers.0.mlp`, or `layers.*.mlp (32 modules)` for several."""
+    if len(modules) < 2:
+        return "".join(modules)
+    return f"{generalise(modules[0])} ({len(modules)} modules)"
+
+
+def generalise(module_path: str) -> str:
+    """`layers.0.mlp` -> `layers.*.mlp`."""
     return re.sub(r"\b\d+\b", "*", module_path)
 
 
@@ -178,7 +235,7 @@ def group(findings: Iterable[Finding]) -> list[Finding]:
     """Adds up findings that differ only in the number of their layer and their line of code."""
     groups: dict[Finding, Finding] = {}
     for finding in findings:
-        pattern = tuple(_generalise(module) for module in finding.modules)
+        pattern = tuple(generalise(module) for module in finding.modules)
         key = replace(finding, modules=pattern, count=0, code_line=0)
         known = groups.get(key)
         if known is None:

@@ -11,6 +11,7 @@ import re
 import sys
 from typing import TYPE_CHECKING, Any
 
+from triton_only_backend import inductor
 from triton_only_backend.audit.policy import Provider
 
 if TYPE_CHECKING:
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 # Provider of a kernel that is not Triton's, by the first pattern that its name contains.
 _PATTERNS: tuple[tuple[Provider, str], ...] = (
     (Provider.MEMCPY, r"^Memcpy|^CopyDevice|^hipMemcpy"),
+    # CUDA graphs copy their inputs in by _foreach_copy_; between two dtypes it is arithmetic.
+    (Provider.MEMCPY, r"multi_tensor_apply_kernel<.*\bCopy<([\w:]+), \1>"),
     (Provider.MEMSET, r"^Memset|^hipMemset|^FillBuffer"),
     (Provider.NCCL, r"^nccl|ncclDevKernel|ncclKernel|^rccl"),
     (Provider.FLASH, r"pytorch_flash|flash::|flash_fwd|flash_bwd|FlashAttn"),
@@ -56,7 +59,7 @@ def triton_kernels() -> dict[str, Provider]:
     """The names of the kernels that Triton compiled, or loaded, in this process."""
     found: dict[str, Provider] = {}
     compiled = _class("triton.compiler.compiler", "CompiledKernel")
-    static = _static_kernel_classes()
+    static = inductor.static_kernel_classes()
     for candidate in _live_objects():
         kind = type(candidate)
         if kind is compiled:
@@ -89,20 +92,6 @@ def _origin(function: Any) -> Provider:
     return Provider.TRITON_INDUCTOR if module.startswith("torch.") else Provider.TRITON_USER
 
 
-# Private names of torch._inductor. Modules that nobody imported have compiled nothing.
-
-
 def _class(module: str, name: str) -> type | None:
+    """A class of a module that nobody need have imported: then it has no objects either."""
     return getattr(sys.modules.get(module), name, None)
-
-
-def _static_kernel_classes() -> frozenset[type]:
-    modules = ("static_triton_launcher", "static_cuda_launcher")
-    found = [sys.modules.get(f"torch._inductor.runtime.{module}") for module in modules]
-    return frozenset(
-        value
-        for module in found
-        if module is not None
-        for name, value in vars(module).items()
-        if isinstance(value, type) and name.startswith("StaticallyLaunched")
-    )

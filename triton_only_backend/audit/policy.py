@@ -16,6 +16,7 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any, cast
 
+from triton_only_backend import inductor
 from triton_only_backend.audit.library_ops import ROWS
 from triton_only_backend.audit.vocabulary import Provider as Provider
 from triton_only_backend.audit.vocabulary import Reason as Reason
@@ -84,7 +85,7 @@ def classify(op: str) -> Verdict:
     overload = _find_overload(op)
     if overload is not None and _is_view(overload):
         return Verdict(Provider.NONE)
-    if overload is not None and _has_triton_lowering(overload):
+    if overload is not None and inductor.has_triton_lowering(overload):
         return Verdict(Provider.TRITON_INDUCTOR)
     if namespace not in _TORCH_NAMESPACES:
         return _with_remedy(op, Verdict(Provider.USER, Reason.USER_OP))
@@ -152,26 +153,3 @@ def _is_view(overload: Any) -> bool:
     return bool(returns) and all(
         r.alias_info is not None and not r.alias_info.is_write for r in returns
     )
-
-
-def _has_triton_lowering(overload: Any) -> bool:
-    """Whether Inductor turns the op into code of its own, and not into a call of the op."""
-    handler = _inductor_lowerings().get(overload)
-    if handler is None:
-        return overload in _inductor_decompositions()
-    return not getattr(handler, "_is_fallback_handler", False)
-
-
-# Private names of torch._inductor.
-
-
-def _inductor_lowerings() -> dict[Any, Any]:
-    from torch._inductor.lowering import lowerings
-
-    return lowerings
-
-
-def _inductor_decompositions() -> dict[Any, Any]:
-    from torch._inductor.decomposition import decompositions
-
-    return decompositions

@@ -2,7 +2,7 @@
 
 The generated code is the authority: a library call in it is a finding, described by the graph op
 that it came from; an op that the policy flagged, but that Inductor turned into Triton, is none.
-Where no code was seen, the graph's flags count.
+Where no code was seen, the graph's flags count. A profiled run can be joined as the third witness.
 """
 
 from __future__ import annotations
@@ -11,11 +11,22 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from triton_only_backend.audit import render
+from triton_only_backend.audit import cudagraphs as cuda_graphs
+from triton_only_backend.audit import reading, render
 from triton_only_backend.audit.findings import Finding as Finding
 from triton_only_backend.audit.findings import from_call, from_op, group, link
+from triton_only_backend.audit.kernel_report import KernelReport
+from triton_only_backend.audit.operations import (
+    Coverage,
+    OpRow,
+    count_by_provider,
+    lowered_ops,
+    rows_of,
+    share,
+)
 from triton_only_backend.audit.policy import Provider
 from triton_only_backend.errors import AuditError
 
@@ -24,15 +35,18 @@ if TYPE_CHECKING:
 
     from rich.console import RenderableType
 
+    from triton_only_backend.audit.cudagraphs import CudaGraphs
     from triton_only_backend.audit.generated_code import CodeCall
     from triton_only_backend.audit.graph import GraphOp
 
+SCHEMA = "triton_only_backend.audit"
 SCHEMA_VERSION = 1
+_SCHEMA_FILE = Path(__file__).with_name("report.schema.json")
 
 
 @dataclass(frozen=True)
 class AuditReport:
-    """What one compiled graph, or all of a model's, runs outside Triton.
+    """What one compiled graph, or all of a model's, is made of, and what runs outside Triton.
 
     Attributes:
         findings: the violations that nothing allows.
@@ -41,6 +55,12 @@ class AuditReport:
         graphs: the names of the graphs that were audited.
         graph_breaks: why Dynamo split the model; the code between graphs is not covered.
         environment: versions and GPU.
+        listed: copies, fills and collectives: no violations, named all the same.
+        notes: ops that a pass declined to rewrite, but that ended in Triton nevertheless.
+        ops: every op of the graphs, with who runs it.
+        cudagraphs: whether CUDA graphs are on and why some were skipped; None if not known.
+        allow: the globs that were given.
+        run: a profiled run, see `with_run`.
     """
 
     findings: list[Finding] = field(default_factory=list)
@@ -49,6 +69,12 @@ class AuditReport:
     graphs: list[str] = field(default_factory=list)
     graph_breaks: list[str] = field(default_factory=list)
     environment: dict[str, Any] = field(default_factory=dict)
+    listed: list[Finding] = field(default_factory=list)
+    notes: list[Finding] = field(default_factory=list)
+    ops: list[OpRow] = field(default_factory=list)
+    cudagraphs: CudaGraphs | None = None
+    allow: list[str] = field(default_factory=list)
+    run: KernelReport | None = None
 
     @classmethod
     def from_graph(
@@ -60,33 +86,55 @@ class AuditReport:
         allow: Iterable[str] = (),
         graph_breaks: Iterable[str] | Mapping[str, int] = (),
         environment: Mapping[str, Any] | None = None,
+        cudagraphs: CudaGraphs | None = None,
+        refused: Iterable[GraphOp] = (),
     ) -> AuditReport:
         """The report on one graph; `calls` is None when there is no generated code to read.
 
         Args:
-            allow: globs of ops, calls or providers, in any case: "aten.sort*", "cublas".
+            allow: globs of ops, calls or providers, in any case: "aten.sort*", "cublas"; with
+                "module.glob::" before it, in those modules only.
             graph_breaks: the reasons, or how often each of them split the model.
+            refused: ops of an earlier state of the graph that a pass declined to rewrite and that
+                were taken apart since; they become notes.
         """
+        linked: list[GraphOp | None] = []
+        violations: list[CodeCall] = []
         if calls is None:
             found = [from_op(op, graph_name) for op in graph_ops if op.is_violation]
+            listed = [from_op(op, graph_name) for op in graph_ops if op.provider.is_listed]
             operations = Counter(op.provider for op in graph_ops)
         else:
             violations = [call for call in calls if call.is_violation]
             linked = link(violations, graph_ops)
             found = [from_call(c, o, graph_name) for c, o in zip(violations, linked, strict=True)]
+            listed = [from_call(c, None, graph_name) for c in calls if c.provider.is_listed]
             operations = Counter()
             for call in calls:
                 operations[call.provider] += call.count
         operations.pop(Provider.NONE, None)
         patterns = list(allow)
-        findings = group(found)
+        is_allowed = [any(map(finding.matches, patterns)) for finding in found]
+        lowered = [] if calls is None else lowered_ops(graph_ops, violations, linked)
+        declined = [op for op in graph_ops if op.refused and not op.is_violation]
+        declined += [op for op in lowered if op.refused]
         return cls(
-            findings=[f for f in findings if not any(map(f.matches, patterns))],
-            allowed=[f for f in findings if any(map(f.matches, patterns))],
+            findings=group(f for f, allow in zip(found, is_allowed, strict=True) if not allow),
+            allowed=group(f for f, allow in zip(found, is_allowed, strict=True) if allow),
             operations=dict(operations),
             graphs=[graph_name],
             graph_breaks=_break_texts(graph_breaks),
             environment=dict(environment or {}),
+            listed=group(listed),
+            notes=group(
+                [
+                    *(_note(op, graph_name, Provider.TRITON_INDUCTOR) for op in declined),
+                    *(_note(op, graph_name, Provider.NONE) for op in refused),
+                ]
+            ),
+            ops=rows_of(graph_ops, None if calls is None else violations, linked, graph_name),
+            cudagraphs=cudagraphs,
+            allow=patterns,
         )
 
     @classmethod
@@ -96,67 +144,159 @@ class AuditReport:
         *,
         graph_breaks: Iterable[str] | Mapping[str, int] = (),
         environment: Mapping[str, Any] | None = None,
+        cudagraphs: CudaGraphs | None = None,
     ) -> AuditReport:
         """One report over all graphs of a model, with what is known of the model as a whole."""
         merged = cls(environment=dict(environment or {}))
         operations: Counter[Provider] = Counter()
         breaks = dict.fromkeys(_break_texts(graph_breaks))
+        allow: dict[str, None] = {}
+        states = [cudagraphs]
+        run: KernelReport | None = None
         for report in reports:
-            merged.findings.extend(report.findings)
-            merged.allowed.extend(report.allowed)
-            merged.graphs.extend(report.graphs)
+            for name in ("findings", "allowed", "graphs", "listed", "notes", "ops"):
+                getattr(merged, name).extend(getattr(report, name))
             merged.environment.update(report.environment)
             operations.update(report.operations)
             breaks.update(dict.fromkeys(report.graph_breaks))
-        return replace(merged, operations=dict(operations), graph_breaks=list(breaks))
+            allow.update(dict.fromkeys(report.allow))
+            states.append(report.cudagraphs)
+            run = report.run or run
+        return replace(
+            merged,
+            operations=dict(operations),
+            graph_breaks=list(breaks),
+            cudagraphs=cuda_graphs.merge(states),
+            allow=list(allow),
+            run=run,
+        )
+
+    def with_run(self, run: KernelReport) -> AuditReport:
+        """The same report, joined with a profiled run, to which the `allow` globs apply too."""
+        return replace(self, run=run.with_allow(self.allow))
 
     @property
     def is_triton_only(self) -> bool:
-        """Whether at least one graph was audited, and every library call in it is allowed."""
-        return bool(self.graphs) and not self.findings
+        """Whether at least one graph was audited, and every library call in it is allowed.
+
+        A run that was joined must agree.
+        """
+        clean = bool(self.graphs) and not self.findings
+        return clean and (self.run is None or self.run.is_triton_only)
 
     @property
     def violation_count(self) -> int:
         """The number of operations in all findings."""
         return sum(finding.count for finding in self.findings)
 
+    @property
+    def coverage(self) -> Coverage:
+        """Triton's part of the ops, of the calls in the generated code and of the run's time."""
+        return Coverage(
+            ops=share(count_by_provider(self.ops)),
+            calls=share(self.operations),
+            time=None if self.run is None else self.run.triton_time_share,
+        )
+
     def raise_for_violations(self) -> None:
         """Raises `AuditError`, whose message lists the findings, if there are any."""
-        if self.findings:
+        if self.findings or (self.run is not None and self.run.violations):
             raise AuditError(render.error_message(self), self)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values; `schema_version` changes when a key changes its meaning."""
+        coverage = self.coverage
         return {
-            "schema": "triton_only_backend.audit",
+            "schema": SCHEMA,
             "schema_version": SCHEMA_VERSION,
             "is_triton_only": self.is_triton_only,
+            "coverage": {"ops": coverage.ops, "calls": coverage.calls, "time": coverage.time},
             "graphs": list(self.graphs),
             "graph_breaks": list(self.graph_breaks),
+            "cudagraphs": self.cudagraphs and {**self.cudagraphs},
+            "allow": list(self.allow),
             "operations": {provider.value: n for provider, n in self.operations.items()},
             "findings": [finding.to_dict() for finding in self.findings],
             "allowed": [finding.to_dict() for finding in self.allowed],
+            "listed": [finding.to_dict() for finding in self.listed],
+            "notes": [finding.to_dict() for finding in self.notes],
+            "ops": [row.to_dict() for row in self.ops],
+            "run": self.run and self.run.to_dict(),
             "environment": dict(self.environment),
         }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> AuditReport:
+        """The report that `to_dict` made `data` of.
+
+        Raises:
+            ReportFormatError: it is something else.
+        """
+        with reading.checked(data, SCHEMA, SCHEMA_VERSION):
+            findings = {
+                name: [Finding.from_dict(item) for item in data[name]]
+                for name in ("findings", "allowed", "listed", "notes")
+            }
+            return cls(
+                **findings,
+                operations={Provider(name): n for name, n in data["operations"].items()},
+                graphs=list(data["graphs"]),
+                graph_breaks=list(data["graph_breaks"]),
+                environment=dict(data["environment"]),
+                ops=[OpRow.from_dict(item) for item in data["ops"]],
+                cudagraphs=data["cudagraphs"],
+                allow=list(data["allow"]),
+                run=None if data["run"] is None else KernelReport.from_dict(data["run"]),
+            )
 
     def to_json(self, indent: int | None = 2) -> str:
         """`to_dict` as JSON; values of `environment` that JSON lacks become text."""
         return json.dumps(self.to_dict(), indent=indent, default=str)
 
+    @classmethod
+    def from_json(cls, text: str) -> AuditReport:
+        """The report that `to_json` wrote."""
+        return cls.from_dict(reading.parse(text))
+
+    @staticmethod
+    def json_schema() -> dict[str, Any]:
+        """The JSON Schema (draft 2020-12) of `to_dict`."""
+        schema: dict[str, Any] = json.loads(_SCHEMA_FILE.read_text(encoding="utf-8"))
+        return schema
+
     def to_text(self, width: int = 100) -> str:
         """The report as plain text."""
         return render.to_text(self.__rich__(), width)
 
-    def to_markdown(self) -> str:
-        """The report as Markdown, for a pull request."""
-        return render.audit_markdown(self)
+    def to_short_text(self) -> str:
+        """The verdict and each finding in a few lines; what an `AuditError` says."""
+        return render.error_message(self)
+
+    def to_markdown(self, baseline: AuditReport | None = None) -> str:
+        """The report as Markdown, for a pull request; with what changed since `baseline`."""
+        from triton_only_backend.audit import markdown
+
+        return markdown.audit_report(self, baseline)
 
     def to_html(self) -> str:
-        """The report as a page of HTML."""
-        return render.to_html(self.__rich__())
+        """The report as one page of HTML that needs no network."""
+        from triton_only_backend.audit import page
+
+        return page.render(self, self.run)
+
+    def to_sarif(self, baseline: AuditReport | None = None) -> dict[str, Any]:
+        """The report as SARIF 2.1.0, by which code hosts show findings at their lines."""
+        from triton_only_backend.audit import sarif
+
+        return sarif.log_of(self, baseline)
 
     def __rich__(self) -> RenderableType:
         return render.audit_renderable(self)
+
+
+def _note(op: GraphOp, graph: str, provider: Provider) -> Finding:
+    """A refusal that ended well; an op that was taken apart runs no kernel of its own."""
+    return replace(from_op(op, graph), provider=op.provider if op.provider.is_triton else provider)
 
 
 def _break_texts(breaks: Iterable[str] | Mapping[str, int]) -> list[str]:

@@ -45,9 +45,15 @@ class Provider(enum.Enum):
         """Whether its time counts as compute; copies, fills and communication do not."""
         return self not in _NOT_COMPUTE
 
+    @property
+    def is_listed(self) -> bool:
+        """Whether a report names it though it is no violation: communication, copies, fills."""
+        return self in _LISTED
+
 
 _TRITON = frozenset({Provider.TRITON_OURS, Provider.TRITON_INDUCTOR, Provider.TRITON_USER})
-_NOT_COMPUTE = frozenset({Provider.NCCL, Provider.MEMCPY, Provider.MEMSET, Provider.NONE})
+_LISTED = frozenset({Provider.NCCL, Provider.MEMCPY, Provider.MEMSET})
+_NOT_COMPUTE = _LISTED | {Provider.NONE}
 _HARMLESS = _TRITON | _NOT_COMPUTE
 
 
@@ -55,6 +61,8 @@ class Reason(enum.Enum):
     """Why an op runs outside Triton. A pass that refuses an op records one of these names."""
 
     UNSUPPORTED_DTYPE = "our Triton kernels do not cover this dtype"
+    UNSUPPORTED_LAYOUT = "our Triton kernels do not cover the layout of an operand"
+    UNSUPPORTED_DEVICE = "an operand is on a device that Triton cannot drive"
     UNSUPPORTED_ARGUMENT = "our Triton kernels do not cover one of its arguments"
     NO_TRITON_LOWERING = "Inductor has no Triton lowering"
     LIBRARY_ONLY = "Inductor calls a library, and no pass replaced it"
