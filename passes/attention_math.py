@@ -4,7 +4,8 @@
     dV = P'ᵀ dO      dP = (dO Vᵀ) ∘ keep / (1 − p)      dS = P ∘ (dP − rowsum(P ∘ dP))
     dQ = scale · dS K      dK = scale · dSᵀ Q      dbias = dS
 
-All are functions of (batch, heads, length, head_dim) tensors, to be traced into a graph.
+All are functions of (batch, heads, length, head_dim) tensors, to be traced into a graph. The bias
+has the full shape of the scores, as in PyTorch's library ops.
 """
 
 from __future__ import annotations
@@ -84,4 +85,4 @@ def backward(
         _sum_groups(scaled.mT @ query, kv_heads),
         _sum_groups(dropped.mT @ grad, kv_heads),
     )
-    return grads if bias is None else (*grads, grad_scores.sum_to_size(bias.shape).to(bias.dtype))
+    return grads if bias is None else (*grads, grad_scores.to(bias.dtype))

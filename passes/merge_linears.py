@@ -86,7 +86,7 @@ def merge_linears(graph: torch.fx.Graph) -> int:
     for node in graph.nodes:
         linear = as_linear(node) if node.op == "call_function" else None
         if linear is not None:
-            key = (*_source(linear.x), value(linear.x).shape, linear.bias is None)
+            key = (*_source(linear.x), str(list(value(linear.x).shape)), linear.bias is None)
             groups.setdefault(key, []).append(linear)
     count = 0
     for group in groups.values():

@@ -238,9 +238,9 @@ def test_logits_in_fp32_are_those_of_the_model() -> None:
     model = models.build(models.MODELS["llama-tiny"], torch.float32, torch.device("cpu"))
     plan = dataclasses.replace(PLAN, dtype="fp32")
     with torch.no_grad():
-        session = generation.Session(model, generation.providers.PROVIDERS["eager"], plan)
-        logits = generation.compared_logits(session)
-    reference = models.reference_logits(model, session.tokens, generation.COMPARED_STEPS + 1)
+        trial = generation.Trial(model, generation.providers.PROVIDERS["eager"], plan)
+        logits = generation.compared_logits(trial)
+    reference = models.reference_logits(model, trial.tokens, generation.COMPARED_STEPS + 1)
     assert logits.shape == reference.shape == (2, 5, 256)
     assert timing.relative_error(logits, reference) < 1e-5
 

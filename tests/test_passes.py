@@ -243,6 +243,7 @@ return (scaled_dot_product_attention_2,)""",
     assert capture_attention(gm.graph) == 0
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("reader", ["view", "transpose", "output"])
 def test_a_contiguous_output_stays_contiguous_where_that_shows(reader):
     def attention(q):
@@ -332,6 +333,7 @@ def joint_graph(
     library,
     shape=(2, 3, 5, 8),
     bias=None,
+    kv_heads=None,
     dtype=torch.float32,
     dropout_p=0.0,
     is_causal=False,
@@ -345,7 +347,9 @@ def joint_graph(
         return library(q, k, v, b, grad, dropout_p=dropout_p, is_causal=is_causal, **options)
 
     with FakeTensorMode(allow_non_fake_inputs=True):
-        operands = [torch.empty(shape, dtype=dtype, device=device) for _ in range(4)]
+        kv_shape = (shape[0], kv_heads or shape[1], *shape[2:])
+        shapes = (shape, kv_shape, kv_shape, shape)
+        operands = [torch.empty(s, dtype=dtype, device=device) for s in shapes]
         if bias is not None:
             operands.append(torch.empty(bias.shape, device=device))
         return make_fx(function)(*operands)
@@ -355,7 +359,9 @@ def reference(operands, bias=None, is_causal=False):
     q, k, v, grad = operands
     inputs = [t.clone().requires_grad_() for t in (q, k, v)]
     with sdpa_kernel(SDPBackend.MATH):
-        out = F.scaled_dot_product_attention(*inputs, bias, is_causal=is_causal, scale=0.3)
+        out = F.scaled_dot_product_attention(
+            *inputs, bias, is_causal=is_causal, scale=0.3, enable_gqa=q.shape[1] != k.shape[1]
+        )
     wanted = inputs if bias is None or not bias.requires_grad else [*inputs, bias]
     return [out, *torch.autograd.grad(out, wanted, grad)]
 
@@ -381,6 +387,7 @@ return (clone_default, getitem_12, getitem_13, getitem_14)""",
     assert rewrite_attention(graph) == 0
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("masked", [False, True], ids=["causal", "masked"])
 @pytest.mark.parametrize("library", [flash, efficient, cudnn, cpu], ids=lambda f: f.__name__)
 def test_library_attention_becomes_ours_with_its_gradient(library, masked):
@@ -397,18 +404,30 @@ def test_library_attention_becomes_ours_with_its_gradient(library, masked):
         torch.testing.assert_close(ours_, theirs, rtol=1e-4, atol=1e-5)
 
 
+def test_fewer_key_heads_than_query_heads():
+    with FakeTensorMode():
+        q, k = (torch.empty(1, count, 5, 8, device="cuda") for count in (4, 2))
+        op = aten._scaled_dot_product_flash_attention
+        gm = make_fx(lambda q, k: op(q, k, k, scale=0.3)[0])(q, k)
+    pipeline.run_stage("joint", gm)
+    query, key = torch.randn(1, 4, 5, 8), torch.randn(1, 2, 5, 8)
+    expected = F.scaled_dot_product_attention(query, key, key, scale=0.3, enable_gqa=True)
+    torch.testing.assert_close(gm(query, key), expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("case", ["head_dim", "mask_gradient"])
 def test_joint_attention_beyond_the_kernels_is_decomposed(case):
     if case == "head_dim":
-        library, shape, bias = cpu, (1, 2, 5, 264), None
-        gm = joint_graph(library, shape, is_causal=True)
+        shape, kv_heads, bias = (1, 4, 5, 264), 2, None
+        gm = joint_graph(cpu, shape, kv_heads=kv_heads, is_causal=True)
     else:
-        library, shape, bias = efficient, (1, 2, 5, 8), torch.randn(1, 2, 5, 5)
-        gm = joint_graph(library, shape, bias, bias_gradient=True)
+        shape, kv_heads, bias = (1, 2, 5, 8), 2, torch.randn(1, 2, 5, 5)
+        gm = joint_graph(efficient, shape, bias, bias_gradient=True)
     assert pipeline.run_stage("joint", gm)[0].fired == 1
     assert not any("scaled_dot_product" in target for target in targets(gm.graph))
     assert targets(gm.graph).count("aten.bmm.default") == 6
-    operands = [torch.randn(shape) for _ in range(4)]
+    kv_shape = (1, kv_heads, *shape[2:])
+    operands = [torch.randn(s) for s in (shape, kv_shape, kv_shape, shape)]
     actual = gm(*operands, *([] if bias is None else [bias]))
     expected = reference(
         operands, bias if bias is None else bias.clone().requires_grad_(), bias is None
@@ -521,15 +540,16 @@ def test_passes_add_no_guards():
         source = ConstantSource(f"input{next(serial)}")
         return mode.from_tensor(torch.randn(shape), symbolic_context=context, source=source)
 
-    def model(q, x):
-        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, q, q)
+    def model(q, k, x):
+        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, k)
         grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            out, q, q, q, out, lse, 0.0, False
+            out, q, k, k, out, lse, 0.0, False
         )
         return out, *grads, x @ x.mT, torch.addbmm(x[0], x, x.mT @ x)
 
     serial = itertools.count()
-    inputs = fake(2, 3, 5, 8, dynamic=(0, 2)), fake(2, 7, 7, dynamic=(0,))
+    query, key = fake(2, 3, 5, 8, dynamic=(2,)), fake(2, 3, 6, 8, dynamic=(2,))
+    inputs = query, key, fake(2, 7, 7, dynamic=(0,))
     with mode:
         gm = make_fx(model, decomposition_table=DECOMPOSITIONS)(*inputs)
     guards = len(mode.shape_env.guards)

@@ -195,7 +195,14 @@ def _positive_integers(option: str, text: str) -> tuple[int, ...]:
 
 
 def _command_line() -> str:
-    return " ".join(["triton-only", *sys.argv[1:]])
+    """What was asked for, less where its result was to be written."""
+    words = sys.argv[1:]
+    kept = [
+        word
+        for before, word in zip(["", *words], words, strict=False)
+        if "--json" not in (before, word) and not word.startswith("--json=")
+    ]
+    return " ".join(["triton-only", *kept])
 
 
 if __name__ == "__main__":

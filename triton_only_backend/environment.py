@@ -38,7 +38,7 @@ def collect() -> dict[str, Any]:
         "driver": driver_version(),
         **_gpu(),
         "python": platform.python_version(),
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.machine()}",
     }
 
 

@@ -69,7 +69,7 @@ def announce() -> None:
     if not _state["announced"]:
         _state["announced"] = True
         log.warning(
-            "triton_only: %s; Triton kernels run in the Triton interpreter on the CPU (exact, slow)",
+            "triton_only: %s; kernels run in the Triton interpreter on the CPU (exact, slow)",
             "TRITON_INTERPRET=1" if gpu_available() else "no GPU found",
         )
 
@@ -320,7 +320,7 @@ def _patch_once_a_launch() -> None:
 
 
 def _name_launches() -> None:
-    """Each interpreted launch is a scope of the profiler: `profile` tells it from ATen's CPU ops."""
+    """Each interpreted launch is a scope of the profiler, which tells it from ATen's CPU ops."""
     import torch
     from triton.runtime.interpreter import InterpretedFunction
 

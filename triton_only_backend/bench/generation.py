@@ -134,7 +134,7 @@ def make_tokens(plan: Plan, device: torch.device) -> torch.Tensor:
     return torch.randint(0, vocabulary, size, generator=generator).to(device)
 
 
-class Session:
+class Trial:
     """One provider's step function over its own cache.
 
     Attributes:
@@ -207,32 +207,32 @@ def measure_provider(
     if on_gpu:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    session = Session(model, provider, plan)
+    trial = Trial(model, provider, plan)
     row: dict[str, Any] = {"provider": provider.name}
 
     begin = time.perf_counter()
-    for _ in session.decode(1):
-        synchronize(session.device)
+    for _ in trial.decode(1):
+        synchronize(trial.device)
     first_seconds = time.perf_counter() - begin
     row["compile_seconds"] = first_seconds if provider.is_compiled else None
     for _ in range(plan.warmup):
-        session.prefill()
+        trial.prefill()
 
     prefills = []
     for _ in range(plan.prefills):
-        session.decoder.reset()
-        synchronize(session.device)
-        watch = Stopwatch(session.device)
+        trial.decoder.reset()
+        synchronize(trial.device)
+        watch = Stopwatch(trial.device)
         watch.mark()
-        session.call(session.prompt, session.positions)
+        trial.call(trial.prompt, trial.positions)
         watch.mark()
         prefills += watch.intervals_ms()
     row.update(_distribution("prefill_ms", prefills))
 
     most = plan.new_tokens if provider.is_compiled else plan.eager_tokens
     new_tokens = min(plan.new_tokens, most)
-    watch = Stopwatch(session.device)
-    for _ in session.decode(new_tokens - 1):
+    watch = Stopwatch(trial.device)
+    for _ in trial.decode(new_tokens - 1):
         watch.mark()
     # The intervals begin at the end of the prefill; the first steps still record CUDA graphs.
     intervals = watch.intervals_ms()
@@ -241,13 +241,13 @@ def measure_provider(
     row["tokens_per_second"] = plan.batch * 1e3 / statistics.mean(intervals)
 
     if reference is not None:
-        logits = compared_logits(session)
+        logits = compared_logits(trial)
         row["logits_error"] = relative_error(logits, reference)
         row["logits_error_prefill"] = relative_error(logits[:, 0], reference[:, 0])
         row["logits_error_decode"] = relative_error(logits[:, 1:], reference[:, 1:])
         del logits
-    row.update(_profiled("decode", profile_step(session)))
-    row.update(_profiled("prefill", profile_prefill(session)))
+    row.update(_profiled("decode", profile_step(trial)))
+    row.update(_profiled("prefill", profile_prefill(trial)))
     row.update(providers.compilation_counts() if provider.is_compiled else {})
     if on_gpu:
         row["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
@@ -264,31 +264,31 @@ def _distribution(name: str, values: list[float]) -> dict[str, float]:
     }
 
 
-def compared_logits(session: Session) -> torch.Tensor:
+def compared_logits(trial: Trial) -> torch.Tensor:
     """Scores after the prompt and after each of the given tokens, fp32, shape (B, 1 + steps, V)."""
-    given = session.tokens[:, session.plan.prompt :]
-    steps = session.decode(given.shape[1], given)
+    given = trial.tokens[:, trial.plan.prompt :]
+    steps = trial.decode(given.shape[1], given)
     # Copied: the next replay of a CUDA graph overwrites them.
     return torch.stack([logits.to(torch.float32, copy=True) for _, logits in steps], dim=1)
 
 
-def profile_step(session: Session) -> KernelReport:
+def profile_step(trial: Trial) -> KernelReport:
     """Every kernel of one decode step."""
     from triton_only_backend.audit import profile
 
-    tokens = session.prompt[:, :1]
-    for next_tokens, _ in session.decode(PROFILED_STEP):
+    tokens = trial.prompt[:, :1]
+    for next_tokens, _ in trial.decode(PROFILED_STEP):
         tokens = next_tokens.clone()
-    positions = session.positions[-1:] + 1 + PROFILED_STEP
-    return profile(session.call, tokens, positions, warmup=0)
+    positions = trial.positions[-1:] + 1 + PROFILED_STEP
+    return profile(trial.call, tokens, positions, warmup=0)
 
 
-def profile_prefill(session: Session) -> KernelReport:
+def profile_prefill(trial: Trial) -> KernelReport:
     """Every kernel of one prefill."""
     from triton_only_backend.audit import profile
 
-    session.decoder.reset()
-    return profile(session.call, session.prompt, session.positions, warmup=0)
+    trial.decoder.reset()
+    return profile(trial.call, trial.prompt, trial.positions, warmup=0)
 
 
 def _profiled(what: str, report: KernelReport) -> dict[str, Any]:
@@ -298,7 +298,8 @@ def _profiled(what: str, report: KernelReport) -> dict[str, Any]:
         f"triton_share_{what}": report.triton_time_share,
         f"kernel_ms_{what}": sum(row.time_us for row in report.rows) / 1e3,
         f"violations_{what}": [row.name for row in report.violations],
-        f"profile_{what}": report.to_dict(),
+        # Without the single events: the sums say what a benchmark needs in a hundredth of the size.
+        f"profile_{what}": {k: v for k, v in report.to_dict().items() if k != "events"},
     }
 
 
