@@ -15,7 +15,7 @@ After:
 
 Also where the heads are repeated before the transpose that puts them second. Left alone: attention
 that keeps its log-sum-exp for a backward (the gradient would need the repeated heads summed), keys
-and values repeated by different factors, and repeats along another dimension.
+and values repeated by different factors or by a symbolic one, repeats along another dimension.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from triton_only_backend.passes.graph_edit import insert, value
+from triton_only_backend.passes.graph_edit import insert, same_sizes, value
 
 aten = torch.ops.aten
 ATTENTION = torch.ops.triton_only.attention.default
@@ -58,11 +58,11 @@ def repeated_heads(
     if len(wide) != len(before) + 1 or unsqueeze.args[1] % len(wide) != dim + 1:  # type: ignore[operator]
         return None
     repeats = wide[dim + 1]
-    if not isinstance(repeats, int) or not isinstance(before[dim], int):
+    if not isinstance(repeats, int):
         return None
     expected = (*before[:dim], repeats * before[dim], *before[dim + 1 :])
     widened = (*before[: dim + 1], repeats, *before[dim + 1 :])
-    if tuple(wide) != widened or tuple(after) != expected:
+    if not same_sizes(wide, widened) or not same_sizes(after, expected):
         return None
     return base, repeats, None  # type: ignore[return-value]
 

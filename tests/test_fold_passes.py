@@ -83,6 +83,19 @@ attention: [2, 4, 3, 16] = triton_only.attention.default(q_1, permute_default, p
         )
         torch.testing.assert_close(gm(*args), model(*args))
 
+    def test_symbolic_lengths(self):
+        def model(q, k, v):
+            return attention(q, repeat_kv(k, 2), repeat_kv(v, 2))
+
+        args = [torch.randn(s, device=DEVICE) for s in (Q, KV, KV)]
+        gm = make_fx(model, tracing_mode="symbolic")(*args)
+        guards = len(gm.shape_env.guards)
+        assert fold_kv_expand(gm.graph) == 1
+        gm.graph.eliminate_dead_code()
+        gm.recompile()
+        assert len(gm.shape_env.guards) == guards
+        torch.testing.assert_close(gm(*args), model(*args))
+
     def left_alone(self, model, *shapes):
         gm = trace(model, *(torch.randn(s, device=DEVICE) for s in shapes))
         before = render(gm)
