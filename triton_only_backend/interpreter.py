@@ -1,6 +1,6 @@
 """Runs Triton kernels, ours and Inductor's, on CPU tensors through the Triton interpreter.
 
-Used by itself on a machine with no GPU. The stock interpreter needs eight mends for that:
+Used by itself on a machine with no GPU. The stock interpreter needs nine mends for that:
 
 1. Functions decorated with `@triton.jit` before the interpreter was switched on stay compiled
    functions; they are rebound, so that importing triton first (as torch._dynamo does) is harmless.
@@ -16,6 +16,7 @@ Used by itself on a machine with no GPU. The stock interpreter needs eight mends
    all time; once a launch is enough.
 8. Atomics read broadcast operands (a mask of shape (1, 1), say) past their end; they are
    written out.
+9. Triton 3.6's makes indices of arrays with one element, which numpy 2.4 refuses.
 """
 
 from __future__ import annotations
@@ -307,7 +308,10 @@ def _patch_once_a_launch() -> None:
         if languages(fn) in done:
             return interpreter._LangPatchScope()
         done.add(languages(fn))
-        return original(fn)
+        scope = original(fn)
+        # Triton 3.6 converts arrays of one element, which numpy 2.4 refuses.
+        scope.set_attr(tl.core.tensor, "__index__", lambda self: int(self.handle.data.item()))
+        return scope
 
     run_grid = interpreter.GridExecutor.__call__
 
