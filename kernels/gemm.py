@@ -20,13 +20,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 import triton
 import triton.language as tl
 
-from triton_only_backend.kernels.split_k import reduce_partials
+from triton_only_backend.kernels.split_k import arrange, reduce_partials
 
 if TYPE_CHECKING:
+    import torch
+
     from triton_only_backend.kernels.gemm_configs import GemmConfig
 
 INT32_MAX = 2**31 - 1
@@ -55,7 +56,7 @@ def grouped_tile(tile, grid_m, grid_n, GROUP_M: tl.constexpr):
 @triton.jit
 def gemm_kernel(
     a_ptr, b_ptr, bias_ptr, c_ptr,
-    M, N, K, batch,
+    M, N, K,
     stride_ab, stride_am, stride_ak,
     stride_bb, stride_bk, stride_bn,
     stride_sb, stride_sm, stride_sn,
@@ -145,22 +146,15 @@ def gemm(
         config: tile sizes and work decomposition.
         precision: "ieee" or "tf32": how fp32 operands are multiplied.
     """
-    if config.swap_operands:
-        a, b, out = b.mT, a.mT, out.mT
-        bias = None if bias is None else bias.mT
+    a, b, bias, out, target, target_strides = arrange(a, b, bias, out, config)
     batch, M, K = a.shape
     N = b.shape[2]
     split_k = config.split_k
-    target = out
-    target_strides = (0, *out.stride())
-    if split_k > 1:
-        target = torch.empty((split_k, batch, M, N), dtype=torch.float32, device=out.device)
-        target_strides = target.stride()
     wide = can_overflow_int32(a, b, out, *(() if bias is None else (bias,)))
     tiles = triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n)
     gemm_kernel[(tiles * batch, split_k)](
         a, b, a if bias is None else bias, target,
-        M, N, K, batch,
+        M, N, K,
         *a.stride(),
         *b.stride(),
         *((0, 0, 0) if bias is None else bias.stride()),

@@ -18,15 +18,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from triton_only_backend.kernels.gemm import grouped_tile
-from triton_only_backend.kernels.split_k import reduce_partials
+from triton_only_backend.kernels.split_k import arrange, reduce_partials
 
 if TYPE_CHECKING:
+    import torch
+
     from triton_only_backend.kernels.gemm_configs import GemmConfig
 
 
@@ -124,17 +125,12 @@ def gemm_tma(
         config: tile sizes and work decomposition.
         num_sms: multiprocessors of the device.
     """
-    if config.swap_operands:
-        a, b, out = b.T, a.T, out.T
-        bias = None if bias is None else bias.T
+    a, b, bias, out, target, target_strides = arrange(a, b, bias, out, config)
     M, K = a.shape
     N = b.shape[1]
     split_k = config.split_k
     a_desc, a_k_major = _descriptor(a, (config.block_m, config.block_k))
     b_desc, b_row_major = _descriptor(b, (config.block_k, config.block_n))
-    target = out
-    if split_k > 1:
-        target = torch.empty((split_k, 1, M, N), dtype=torch.float32, device=out.device)
     store_tma = (
         bias is None
         and split_k == 1
@@ -150,7 +146,7 @@ def gemm_tma(
         a if bias is None else bias, target,
         M, N, K,
         *((0, 0) if bias is None else bias.stride()),
-        *((0, *out.stride()) if split_k == 1 else (M * N, N, 1)),
+        *target_strides,
         float(alpha), float(beta),
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
         GROUP_M=config.group_m, SPLIT_K=split_k,
@@ -161,7 +157,7 @@ def gemm_tma(
     )  # fmt: skip
     if split_k > 1:
         reduce_partials(
-            target,
+            target[:, None],
             None if bias is None else bias[None],
             out[None],
             alpha=alpha,

@@ -12,15 +12,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 import triton
 import triton.language as tl
 
 from triton_only_backend.kernels.gemm import can_overflow_int32
-from triton_only_backend.kernels.split_k import reduce_partials
+from triton_only_backend.kernels.split_k import arrange, reduce_partials
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    import torch
 
     from triton_only_backend.kernels.gemm_configs import GemmConfig
 
@@ -163,17 +164,10 @@ def gemv(
         config: block_n, block_k, split_k, num_warps and num_stages are used; with `swap_operands`
             the few rows are b's columns.
     """
-    if config.swap_operands:
-        a, b, out = b.mT, a.mT, out.mT
-        bias = None if bias is None else bias.mT
+    a, b, bias, out, target, target_strides = arrange(a, b, bias, out, config)
     batch, M, K = a.shape
     N = b.shape[2]
     split_k = config.split_k
-    target = out
-    target_strides = (0, *out.stride())
-    if split_k > 1:
-        target = torch.empty((split_k, batch, M, N), dtype=torch.float32, device=out.device)
-        target_strides = target.stride()
     gemv_kernel[(triton.cdiv(N, config.block_n) * batch, split_k)](
         a, b, a if bias is None else bias, target,
         N, K,

@@ -8,13 +8,46 @@ the same in each run.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 
 if TYPE_CHECKING:
-    import torch
+    from triton_only_backend.kernels.gemm_configs import GemmConfig
+
+
+class Product(NamedTuple):
+    """A product's operands as a kernel takes them, and where it writes.
+
+    `target` is `out` itself, or the fp32 workspace (split_k, B, M, N) for the partial products;
+    `strides` are the target's, with the split's first.
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor
+    bias: torch.Tensor | None
+    out: torch.Tensor
+    target: torch.Tensor
+    strides: tuple[int, ...]
+
+
+def arrange(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    config: GemmConfig,
+) -> Product:
+    """Exchanges the operands, where the configuration says so, and makes the workspace."""
+    if config.swap_operands:
+        a, b, out = b.mT, a.mT, out.mT
+        bias = None if bias is None else bias.mT
+    if config.split_k == 1:
+        return Product(a, b, bias, out, out, (0, *out.stride()))
+    target = torch.empty((config.split_k, *out.shape), dtype=torch.float32, device=out.device)
+    return Product(a, b, bias, out, target, target.stride())
 
 
 @triton.jit
