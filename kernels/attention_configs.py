@@ -178,15 +178,15 @@ def _flash_preferences(problem: AttentionProblem, hardware: Hardware) -> tuple[F
 def _flash_preferences_hopper(
     problem: AttentionProblem, hardware: Hardware, width: int
 ) -> tuple[FlashConfig, ...]:
-    tiles = -(-problem.len_q // 128) * problem.batch * problem.num_heads
     if width > 128:
+        tiles = -(-problem.len_q // 128) * problem.batch * problem.num_heads
         if problem.has_mask or tiles < hardware.num_sms:
             return (FlashConfig(64, 64, 8, 2, tma=True),)
         return (FlashConfig(128, 64, 8, 2, tma=True), FlashConfig(64, 64, 8, 2, tma=True))
     # Measured on an H200, D = 128, bf16: two programs of 64 rows a multiprocessor overlap one's
     # softmax with the other's products; 413 TFLOP/s at 2048 causal where 128 × 128 reaches 341.
-    stages = 2 if problem.has_mask else 3
-    return (FlashConfig(64, 64, 4, stages, tma=True), FlashConfig(64, 64, 4, 2, tma=True))
+    deeper = () if problem.has_mask else (FlashConfig(64, 64, 4, 3, tma=True),)
+    return (*deeper, FlashConfig(64, 64, 4, 2, tma=True))
 
 
 def _flash_preferences_fp32(width: int, hardware: Hardware) -> tuple[FlashConfig, ...]:

@@ -100,7 +100,7 @@ def select_config(problem: GemmProblem, hardware: Hardware) -> GemmConfig:
         return _gemv(problem.transposed, hardware, swap=True)
     if problem.ieee:
         return _ieee(problem, hardware)
-    if problem.aligned and problem.element_size == 2 and hardware.has_wgmma and problem.batch == 1:
+    if problem.element_size == 2 and hardware.has_wgmma and problem.batch == 1:
         config = _hopper(problem, hardware)
         if config is not None:
             return config

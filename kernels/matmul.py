@@ -18,11 +18,10 @@ from triton_only_backend.kernels.gemm_configs import (
 )
 from triton_only_backend.kernels.gemm_tma import gemm_tma
 from triton_only_backend.kernels.gemv import gemv, gemv_many
+from triton_only_backend.kernels.limits import DTYPES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def float32_precision(device: torch.device) -> str:

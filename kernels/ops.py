@@ -132,20 +132,16 @@ def _baddbmm(
     return out
 
 
-def _empty_linear_many(a: Tensor, weights: list[Tensor]) -> list[Tensor]:
+def _fake_linear_many(a: Tensor, weights: list[Tensor], biases: list[Tensor]) -> list[Tensor]:
     for weight in weights:
         _check_product("linear_many", a, weight.T, 2)
     return [a.new_empty((a.shape[0], weight.shape[0])) for weight in weights]
 
 
 def _linear_many(a: Tensor, weights: list[Tensor], biases: list[Tensor]) -> list[Tensor]:
-    outs = _empty_linear_many(a, weights)
+    outs = _fake_linear_many(a, weights, biases)
     load("matmul").linear_many(a, weights, biases or None, outs)
     return outs
-
-
-def _fake_linear_many(a: Tensor, weights: list[Tensor], biases: list[Tensor]) -> list[Tensor]:
-    return _empty_linear_many(a, weights)
 
 
 def _fake_mm(op: str, dim: int) -> Any:

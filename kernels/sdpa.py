@@ -24,10 +24,10 @@ from triton_only_backend.kernels.attention_configs import (
 from triton_only_backend.kernels.decode_attention import decode_attention
 from triton_only_backend.kernels.flash_attention import flash_attention
 from triton_only_backend.kernels.flash_attention_backward import flash_attention_backward
-from triton_only_backend.kernels.matmul import DTYPES, float32_precision
+from triton_only_backend.kernels.limits import DTYPES, MAX_HEAD_DIM
+from triton_only_backend.kernels.matmul import float32_precision
 
 Tensor = torch.Tensor
-MAX_HEAD_DIM = 256
 
 
 class Operands(NamedTuple):

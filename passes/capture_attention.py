@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 
+from triton_only_backend.kernels.limits import DTYPES, MAX_HEAD_DIM
 from triton_only_backend.passes.graph_edit import (
     describe,
     fake_call,
@@ -37,8 +38,6 @@ from triton_only_backend.passes.refusal import DECOMPOSED, META_KEY, Reason, Ref
 SDPA = torch.nn.functional.scaled_dot_product_attention
 ATTENTION = torch.ops.triton_only.attention.default
 MATH = torch.ops.aten._scaled_dot_product_attention_math.default
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-MAX_HEAD_DIM = 256
 # Methods and functions of the output that give the same whatever its strides.
 ANY_LAYOUT = frozenset({"transpose", "permute", "swapaxes", "reshape", "contiguous", "flatten"})
 

@@ -28,8 +28,9 @@ from typing import Any, cast
 
 import torch
 
+from triton_only_backend.kernels.limits import DTYPES
 from triton_only_backend.passes import attention_math
-from triton_only_backend.passes.capture_attention import DTYPES, head_dim_fits
+from triton_only_backend.passes.capture_attention import head_dim_fits
 from triton_only_backend.passes.graph_edit import (
     arguments,
     describe,

@@ -20,12 +20,12 @@ from typing import Any
 
 import torch
 
+from triton_only_backend.kernels.limits import DTYPES
 from triton_only_backend.passes.graph_edit import arguments, describe, replace, value
 from triton_only_backend.passes.refusal import Reason, Refusal, refuse
 
 aten = torch.ops.aten
 ours = torch.ops.triton_only
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 # aten overload -> (our op, names of the operands to multiply)
 PRODUCTS: dict[Any, tuple[Any, tuple[str, str]]] = {

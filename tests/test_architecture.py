@@ -17,7 +17,7 @@ NAME = "triton_only_backend"
 # Bottom up: a module may import from its own row and from those above it in this table. What is not
 # named here (the command line and its helpers) stands on top of all: nothing below may import it.
 LAYERS = (
-    ("errors",),
+    ("errors", "files"),
     ("inductor", "settings", "interpreter"),
     ("kernels",),
     ("passes",),

@@ -7,14 +7,13 @@ import functools
 import itertools
 import json
 import logging
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from triton_only_backend import inductor, interpreter, settings
+from triton_only_backend import files, inductor, interpreter, settings
 from triton_only_backend.errors import (
     DeviceError,
     SettingsError,
@@ -32,7 +31,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("triton_only_backend")
 
 _serial = itertools.count()
-_recent: collections.deque[AuditReport] = collections.deque(maxlen=256)
+KEPT_REPORTS = 256
+_recent: collections.deque[AuditReport] = collections.deque(maxlen=KEPT_REPORTS)
 
 
 def triton_only(
@@ -70,7 +70,7 @@ def _raises(error: TritonOnlyError) -> Callable[..., Any]:
 
 
 def compiled_reports() -> list[AuditReport]:
-    """Reports of the graphs compiled lately in this process (at most 256), oldest first."""
+    """Reports of the graphs compiled lately in this process, oldest first; KEPT_REPORTS at most."""
     return list(_recent)
 
 
@@ -218,11 +218,7 @@ def write_reports(path: Path, report: AuditReport) -> None:
         reports = json.loads(path.read_text()) if path.exists() else []
         if not isinstance(reports, list):
             raise ValueError("it holds no list")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps([*reports, report.to_dict()], indent=2, default=str)
-        whole = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        whole.write_text(text)
-        whole.replace(path)
+        files.write_json(path, [*reports, report.to_dict()])
     except (OSError, ValueError) as error:
         raise SettingsError(
             f"triton_only: option 'report' is {str(path)!r}, to which no report can be added "
@@ -276,14 +272,9 @@ def audit_with(
     breaks_before = inductor.graph_breaks()
     compiled = inductor.compile_apart(model, backend=backend, dynamic=dynamic)
     _run_backward(compiled(*args, **kwargs), inputs=(args, kwargs))
-    breaks = {
-        reason: count - breaks_before.get(reason, 0)
-        for reason, count in inductor.graph_breaks().items()
-        if count > breaks_before.get(reason, 0)
-    }
     return AuditReport.merge(
         [report for compilation in collected for report in compilation.reports],
-        graph_breaks=breaks,
+        graph_breaks=inductor.graph_breaks(since=breaks_before),
     )
 
 

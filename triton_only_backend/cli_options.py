@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from triton_only_backend import files
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -65,14 +67,10 @@ def console() -> Console:
 def write_json(path: Path | None, data: Any) -> None:
     """Writes plain values, if there is a path, whole or not at all."""
     if path is not None:
-        from triton_only_backend.bench import record
-
-        record.write_json(path, data)
+        files.write_json(path, data)
 
 
 def write_text(path: Path | None, render: Callable[[], str]) -> None:
     """Renders and writes, if there is a path, whole or not at all."""
     if path is not None:
-        from triton_only_backend.bench import record
-
-        record.write_text(path, render())
+        files.write_text(path, render())

@@ -11,24 +11,14 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from triton_only_backend.kernels.limits import MAX_HEAD_DIM
+from triton_only_backend.passes.rewrite_matmul import PRODUCTS
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-aten = torch.ops.aten
 ours = torch.ops.triton_only
-
-PRODUCTS = {
-    aten.mm.default: ours.mm,
-    aten.mm.dtype: ours.mm,
-    aten.addmm.default: ours.addmm,
-    aten.addmm.dtype: ours.addmm,
-    aten.bmm.default: ours.bmm,
-    aten.bmm.dtype: ours.bmm,
-    aten.baddbmm.default: ours.baddbmm,
-    aten.baddbmm.dtype: ours.baddbmm,
-}
 SDPA = F.scaled_dot_product_attention
-MAX_HEAD_DIM = 256
 
 
 class _Attention(TorchFunctionMode):
@@ -60,7 +50,8 @@ class _Products(TorchDispatchMode):
             if len(args) > position:
                 kwargs["out_dtype"] = args[position]
                 args = args[:position]
-        return PRODUCTS[func](*args, **kwargs)
+        target, _ = PRODUCTS[func]
+        return target(*args, **kwargs)
 
 
 def _attention(

@@ -179,11 +179,13 @@ def compile_apart(model: Callable[..., Any], **options: Any) -> Callable[..., An
     return torch.compile(model, **options)
 
 
-def graph_breaks() -> dict[str, int]:
-    """Reasons of the graph breaks so far in this process, with their counts."""
+def graph_breaks(since: Mapping[str, int] | None = None) -> dict[str, int]:
+    """Reasons of the graph breaks in this process, with counts: all, or those since an answer."""
     from torch._dynamo.utils import counters
 
-    return dict(counters["graph_break"])
+    before = since or {}
+    new = {reason: n - before.get(reason, 0) for reason, n in counters["graph_break"].items()}
+    return {reason: n for reason, n in new.items() if n > 0}
 
 
 def reset_cudagraphs() -> None:

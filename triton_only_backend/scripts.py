@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
     from triton_only_backend.audit import AuditReport
 
-_KEPT = 256  # reports that the backend remembers
-
 
 @dataclass(frozen=True)
 class ScriptRun:
@@ -59,13 +57,8 @@ def run_script(path: Path, arguments: Sequence[str] = (), allow: Sequence[str] =
     with _as_main(path, arguments), _on_this_backend(allow), outcome:
         runpy.run_path(str(path), run_name="__main__")
     reports = [report for report in backend.compiled_reports() if id(report) not in earlier]
-    breaks = {
-        reason: count - breaks_before.get(reason, 0)
-        for reason, count in inductor.graph_breaks().items()
-        if count > breaks_before.get(reason, 0)
-    }
-    report = AuditReport.merge(reports, graph_breaks=breaks)
-    return ScriptRun(report, outcome.failure, len(reports) >= _KEPT)
+    report = AuditReport.merge(reports, graph_breaks=inductor.graph_breaks(since=breaks_before))
+    return ScriptRun(report, outcome.failure, len(reports) >= backend.KEPT_REPORTS)
 
 
 class _Outcome:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import os
-import tempfile
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
+
+from triton_only_backend.files import write_json
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -39,22 +38,6 @@ class Record:
         keys = ("gpu", "torch", "triton", "transformers", "cuda", "rocm", "date")
         facts = [f"{k} {self.environment[k]}" for k in keys if self.environment.get(k)]
         return f"{', '.join(facts)}\n\n{markdown_table(self.rows, columns)}"
-
-
-def write_json(path: Path, data: Any) -> None:
-    """Writes `data` as JSON to a file that is replaced whole or not at all."""
-    write_text(path, json.dumps(data, indent=2, default=str) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a file that is replaced whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(
-        "w", dir=path.parent, prefix=f".{path.name}.", delete=False, encoding="utf-8"
-    ) as file:
-        file.write(text)
-    os.chmod(file.name, 0o644)  # the temporary file is the owner's alone
-    os.replace(file.name, path)
 
 
 def markdown_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:

@@ -15,10 +15,10 @@ from rich.table import Table
 from rich.text import Text
 
 from triton_only_backend import interpreter, settings
-from triton_only_backend.bench.record import write_json
 from triton_only_backend.demo import byte_llama
 from triton_only_backend.demo.generate import StaticDecoder, generate
 from triton_only_backend.errors import SettingsError
+from triton_only_backend.files import write_json
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -1,0 +1,8 @@
+"""What the kernels take: for the passes and eager mode too, which must refuse what they refuse."""
+
+from __future__ import annotations
+
+import torch
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MAX_HEAD_DIM = 256
