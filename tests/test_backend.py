@@ -237,6 +237,8 @@ def math_attention(q, k, v):
 
 @pytest.mark.parametrize("name", ATTENTION, ids=lambda name: name.replace(" ", "-"))
 def test_attention(name, device):
+    if name == "view" and device == "cuda":
+        pytest.skip("eager's kernel on a GPU gives a layout that does not allow this view")
     assert_compiles(ATTENTION[name], *(heads(2, 4, 16, 8, device=device) for _ in range(3)))
     operations = compiled_reports()[-2].operations
     assert {p.name for p in operations} <= {"TRITON_OURS", "TRITON_INDUCTOR"}

@@ -404,13 +404,13 @@ def test_library_attention_becomes_ours_with_its_gradient(library, masked):
         torch.testing.assert_close(ours_, theirs, rtol=1e-4, atol=1e-5)
 
 
-def test_fewer_key_heads_than_query_heads():
+def test_fewer_key_heads_than_query_heads(device):
     with FakeTensorMode():
         q, k = (torch.empty(1, count, 5, 8, device="cuda") for count in (4, 2))
         op = aten._scaled_dot_product_flash_attention
         gm = make_fx(lambda q, k: op(q, k, k, scale=0.3)[0])(q, k)
     pipeline.run_stage("joint", gm)
-    query, key = torch.randn(1, 4, 5, 8), torch.randn(1, 2, 5, 8)
+    query, key = (torch.randn(1, count, 5, 8, device=device) for count in (4, 2))
     expected = F.scaled_dot_product_attention(query, key, key, scale=0.3, enable_gqa=True)
     torch.testing.assert_close(gm(query, key), expected, rtol=1e-4, atol=1e-5)
 
