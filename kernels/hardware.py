@@ -42,6 +42,11 @@ class Hardware:
         """Whether this is Hopper, whose tensor cores take operands from shared memory."""
         return self.arch == "sm90"
 
+    @property
+    def has_dependent_launch(self) -> bool:
+        """Whether a kernel may start while its predecessor ends: see `dependent_launch`."""
+        return self.backend == "cuda" and int(self.arch.removeprefix("sm")) >= 90
+
 
 INTERPRETER = Hardware("Triton interpreter", "interpreter", "interpreter", 1, 1 << 30)
 

@@ -1,0 +1,41 @@
+"""Programmatic dependent launch: a kernel starts while the one before it still runs.
+
+A kernel launched with `launch_options(device)` may be scheduled before its predecessor in the
+stream has finished. It must call `wait_for_producers` before it touches anything that another
+kernel wrote or still reads; what no kernel writes (weights) may be prefetched before. The wait
+returns when all earlier kernels have finished and their writes are visible: safe whatever runs
+before or after, since a kernel launched without the attribute waits for everything anyway.
+`release_dependents` says that the next kernel may be scheduled; it promises nothing about memory.
+
+Hopper and later (PTX `griddepcontrol`); elsewhere both calls compile to nothing.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import triton
+import triton.language as tl
+from triton.language.extra import cuda
+
+if TYPE_CHECKING:
+    from triton_only_backend.kernels.hardware import Hardware
+
+
+@triton.jit
+def wait_for_producers(PDL: tl.constexpr):
+    if PDL:
+        cuda.gdc_wait()
+
+
+@triton.jit
+def release_dependents(PDL: tl.constexpr):
+    if PDL:
+        cuda.gdc_launch_dependents()
+
+
+def launch_options(device: Hardware) -> dict[str, Any]:
+    """What a kernel's launch takes: PDL=… for the kernel, and launch_pdl where it is on."""
+    if not device.has_dependent_launch:
+        return {"PDL": False}
+    return {"PDL": True, "launch_pdl": True}
