@@ -1,6 +1,6 @@
 """Tiled matrix product, data-parallel or split along K.
 
-    out[b, m, n] = alpha · Σ_k a[b, m, k] · b[b, k, n]  +  beta · bias[b, m, n]
+    out[b, m, n] = epilogue(alpha · Σ_k a[b, m, k] · b[b, k, n]  +  beta · bias[b, m, n])
 
 Every operand comes with its strides, so any layout (transposed, sliced, broadcast with stride 0) is
 read in place. Products accumulate in fp32. With SPLIT_K > 1 each program sums a slice of K and
@@ -23,6 +23,19 @@ from typing import TYPE_CHECKING
 import triton
 import triton.language as tl
 
+from triton_only_backend.kernels import hardware
+from triton_only_backend.kernels.dependent_launch import (
+    launch_options,
+    release_dependents,
+    wait_for_producers,
+)
+from triton_only_backend.kernels.epilogue import (
+    NO_EPILOGUE,
+    Epilogue,
+    apply_epilogue,
+    bias_strides,
+    load_bias,
+)
 from triton_only_backend.kernels.split_k import arrange, reduce_partials
 
 if TYPE_CHECKING:
@@ -61,11 +74,13 @@ def gemm_kernel(
     stride_bb, stride_bk, stride_bn,
     stride_sb, stride_sm, stride_sn,
     stride_cs, stride_cb, stride_cm, stride_cn,
-    alpha, beta,
+    alpha, beta, epilogue,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr, SPLIT_K: tl.constexpr, EVEN_K: tl.constexpr,
-    HAS_BIAS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    wait_for_producers(PDL)
     grid_m = tl.cdiv(M, BLOCK_M)
     grid_n = tl.cdiv(N, BLOCK_N)
     tiles = grid_m * grid_n
@@ -106,16 +121,15 @@ def gemm_kernel(
         a_ptrs += step_a
         b_ptrs += step_b
 
+    release_dependents(PDL)
     mask = mask_m[:, None] & mask_n[None, :]
     if SPLIT_K == 1:
         acc *= tl.cast(alpha, tl.float32)
         if HAS_BIAS:
-            bias_ptrs = (
-                bias_ptr + pid_b * stride_sb
-                + offs_m[:, None] * stride_sm + offs_n[None, :] * stride_sn
-            )  # fmt: skip
-            bias = tl.load(bias_ptrs, mask=mask, other=0.0).to(tl.float32)
+            bias_ptr += pid_b * stride_sb
+            bias = load_bias(bias_ptr, offs_m, offs_n, mask_m, mask_n, stride_sm, stride_sn)
             acc += tl.cast(beta, tl.float32) * bias
+        acc = apply_epilogue(acc, offs_m[:, None], offs_n[None, :], mask, epilogue, ACTIVATION)
     c_ptrs = (
         c_ptr + split.to(tl.int64) * stride_cs + pid_b * stride_cb
         + offs_m[:, None] * stride_cm + offs_n[None, :] * stride_cn
@@ -133,8 +147,9 @@ def gemm(
     beta: float,
     config: GemmConfig,
     precision: str,
+    epilogue: Epilogue = NO_EPILOGUE,
 ) -> None:
-    """Writes alpha · a @ b + beta · bias to `out`.
+    """Writes epilogue(alpha · a @ b + beta · bias) to `out`.
 
     Args:
         a: (B, M, K), fp16, bf16 or fp32, any strides.
@@ -145,25 +160,29 @@ def gemm(
         beta: factor of the bias.
         config: tile sizes and work decomposition.
         precision: "ieee" or "tf32": how fp32 operands are multiplied.
+        epilogue: what follows; with operands only for B = 1.
     """
-    a, b, bias, out, target, target_strides = arrange(a, b, bias, out, config)
+    product = arrange(a, b, bias, out, config, epilogue)
+    a, b, bias, out, epilogue = product[:5]
     batch, M, K = a.shape
     N = b.shape[2]
     split_k = config.split_k
-    wide = can_overflow_int32(a, b, out, *(() if bias is None else (bias,)))
+    operands = (a, b, out, *(() if bias is None else (bias,)), *epilogue.tensors)
     tiles = triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n)
     gemm_kernel[(tiles * batch, split_k)](
-        a, b, a if bias is None else bias, target,
+        a, b, a if bias is None else bias, product.target,
         M, N, K,
         *a.stride(),
         *b.stride(),
-        *((0, 0, 0) if bias is None else bias.stride()),
-        *target_strides,
-        float(alpha), float(beta),
+        *bias_strides(bias),
+        *product.strides,
+        float(alpha), float(beta), epilogue.arguments,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
         GROUP_M=config.group_m, SPLIT_K=split_k, EVEN_K=K % (config.block_k * split_k) == 0,
-        HAS_BIAS=bias is not None and split_k == 1, WIDE=wide, PRECISION=precision,
+        HAS_BIAS=bias is not None and split_k == 1, ACTIVATION=epilogue.activation,
+        WIDE=can_overflow_int32(*operands), PRECISION=precision,
         num_warps=config.num_warps, num_stages=config.num_stages,
+        **launch_options(hardware.of(out.device)),
     )  # fmt: skip
     if split_k > 1:
-        reduce_partials(target, bias, out, alpha=alpha, beta=beta, block=config.reduce_block)
+        reduce_partials(product, alpha=alpha, beta=beta, block=config.reduce_block)

@@ -1,6 +1,6 @@
 """Persistent tiled matrix product on tensor descriptors (TMA), for 16-bit operands on Hopper.
 
-    out[m, n] = alpha · Σ_k a[m, k] · b[k, n]  +  beta · bias[m, n]
+    out[m, n] = epilogue(alpha · Σ_k a[m, k] · b[k, n]  +  beta · bias[m, n])
 
 The copy engine fills shared memory, so no thread computes addresses, rows past the end read as
 zeros, and the pipeline costs no registers. One program a multiprocessor walks over its tiles; with
@@ -22,6 +22,19 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from triton_only_backend.kernels import hardware
+from triton_only_backend.kernels.dependent_launch import (
+    launch_options,
+    release_dependents,
+    wait_for_producers,
+)
+from triton_only_backend.kernels.epilogue import (
+    NO_EPILOGUE,
+    Epilogue,
+    apply_epilogue,
+    bias_strides,
+    load_bias,
+)
 from triton_only_backend.kernels.gemm import grouped_tile
 from triton_only_backend.kernels.split_k import arrange, reduce_partials
 
@@ -36,12 +49,14 @@ def gemm_tma_kernel(
     a_desc, b_desc, c_desc, bias_ptr, c_ptr,
     M, N, K,
     stride_sm, stride_sn, stride_cs, stride_cm, stride_cn,
-    alpha, beta,
+    alpha, beta, epilogue,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     SPLIT_K: tl.constexpr, A_K_MAJOR: tl.constexpr, B_K_MAJOR: tl.constexpr,
-    HAS_BIAS: tl.constexpr, STORE_TMA: tl.constexpr,
-    FLATTEN: tl.constexpr, STORE_HALVES: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_OPERANDS: tl.constexpr, ACTIVATION: tl.constexpr,
+    STORE_TMA: tl.constexpr, FLATTEN: tl.constexpr, STORE_HALVES: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
+    wait_for_producers(PDL)
     grid_m = tl.cdiv(M, BLOCK_M)
     grid_n = tl.cdiv(N, BLOCK_N)
     tiles = grid_m * grid_n
@@ -65,8 +80,23 @@ def gemm_tma_kernel(
             else:
                 b = b_desc.load([k, column])
             acc = tl.dot(a, b, acc)
-        if STORE_TMA:
+        if SPLIT_K == 1:
             acc *= tl.cast(alpha, tl.float32)
+            if HAS_BIAS or HAS_OPERANDS:
+                offs_m = row.to(tl.int64) + tl.arange(0, BLOCK_M)
+                offs_n = column.to(tl.int64) + tl.arange(0, BLOCK_N)
+                mask_m = offs_m < M
+                mask_n = offs_n < N
+                if HAS_BIAS:
+                    bias = load_bias(bias_ptr, offs_m, offs_n, mask_m, mask_n, stride_sm, stride_sn)
+                    acc += tl.cast(beta, tl.float32) * bias
+                acc = apply_epilogue(
+                    acc, offs_m[:, None], offs_n[None, :], mask_m[:, None] & mask_n[None, :],
+                    epilogue, ACTIVATION,
+                )  # fmt: skip
+            else:
+                acc = apply_epilogue(acc, 0, 0, None, epilogue, ACTIVATION)
+        if STORE_TMA:
             if STORE_HALVES:
                 halves = tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
                 left, right = tl.split(halves)
@@ -78,21 +108,13 @@ def gemm_tma_kernel(
             offs_m = row + tl.arange(0, BLOCK_M)
             offs_n = column + tl.arange(0, BLOCK_N)
             mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
-            if SPLIT_K == 1:
-                acc *= tl.cast(alpha, tl.float32)
-                if HAS_BIAS:
-                    bias_ptrs = (
-                        bias_ptr + offs_m.to(tl.int64)[:, None] * stride_sm
-                        + offs_n.to(tl.int64)[None, :] * stride_sn
-                    )  # fmt: skip
-                    bias = tl.load(bias_ptrs, mask=mask, other=0.0).to(tl.float32)
-                    acc += tl.cast(beta, tl.float32) * bias
             c_ptrs = (
                 c_ptr + split.to(tl.int64) * stride_cs
                 + offs_m.to(tl.int64)[:, None] * stride_cm
                 + offs_n.to(tl.int64)[None, :] * stride_cn
             )  # fmt: skip
             tl.store(c_ptrs, acc.to(c_ptr.dtype.element_ty), mask=mask)
+    release_dependents(PDL)
 
 
 def _descriptor(matrix: torch.Tensor, block: tuple[int, int]) -> tuple[TensorDescriptor, bool]:
@@ -112,8 +134,9 @@ def gemm_tma(
     beta: float,
     config: GemmConfig,
     num_sms: int,
+    epilogue: Epilogue = NO_EPILOGUE,
 ) -> None:
-    """Writes alpha · a @ b + beta · bias to `out`.
+    """Writes epilogue(alpha · a @ b + beta · bias) to `out`.
 
     Args:
         a: (M, K), fp16 or bf16; a unit stride and 16-byte aligned rows.
@@ -124,42 +147,39 @@ def gemm_tma(
         beta: factor of the bias.
         config: tile sizes and work decomposition.
         num_sms: multiprocessors of the device.
+        epilogue: what follows.
     """
-    a, b, bias, out, target, target_strides = arrange(a, b, bias, out, config)
+    product = arrange(a, b, bias, out, config, epilogue)
+    a, b, bias, out, epilogue = product[:5]
     M, K = a.shape
     N = b.shape[1]
     split_k = config.split_k
     a_desc, a_k_major = _descriptor(a, (config.block_m, config.block_k))
     b_desc, b_row_major = _descriptor(b, (config.block_k, config.block_n))
-    store_tma = (
-        bias is None
-        and split_k == 1
-        and out.stride(1) == 1
-        and out.stride(0) * out.element_size() % 16 == 0
-    )
+    store_tma = split_k == 1 and out.stride(1) == 1 and out.stride(0) * out.element_size() % 16 == 0
     store_block = [config.block_m, config.block_n // (1 + config.store_halves)]
     tiles = triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n) * split_k
     programs = min(tiles, num_sms * config.resident)
     gemm_tma_kernel[(programs,)](
         a_desc, b_desc,
         TensorDescriptor.from_tensor(out, store_block) if store_tma else None,
-        a if bias is None else bias, target,
+        a if bias is None else bias, product.target,
         M, N, K,
-        *((0, 0) if bias is None else bias.stride()),
-        *target_strides,
-        float(alpha), float(beta),
+        *bias_strides(bias)[-2:],
+        *product.strides,
+        float(alpha), float(beta), epilogue.arguments,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
         GROUP_M=config.group_m, SPLIT_K=split_k,
         A_K_MAJOR=a_k_major, B_K_MAJOR=not b_row_major,
-        HAS_BIAS=bias is not None, STORE_TMA=store_tma,
+        HAS_BIAS=bias is not None, HAS_OPERANDS=len(epilogue.tensors) > 0,
+        ACTIVATION=epilogue.activation, STORE_TMA=store_tma,
         FLATTEN=programs < tiles, STORE_HALVES=config.store_halves,
         num_warps=config.num_warps, num_stages=config.num_stages,
+        **launch_options(hardware.of(out.device)),
     )  # fmt: skip
     if split_k > 1:
         reduce_partials(
-            target[:, None],
-            None if bias is None else bias[None],
-            out[None],
+            product._replace(target=product.target[:, None]),
             alpha=alpha,
             beta=beta,
             block=config.reduce_block,

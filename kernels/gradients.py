@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
+from torch.nn import functional
 
+from triton_only_backend.kernels import product_ops
 from triton_only_backend.kernels.loading import load
 
 Tensor = torch.Tensor
@@ -53,25 +56,89 @@ def _affine_backward(product: Any) -> Any:
     return backward
 
 
+_ACTIVATIONS: dict[str, Any] = {
+    "relu": functional.relu,
+    "sigmoid": torch.sigmoid,
+    "silu": functional.silu,
+    "gelu": functional.gelu,
+    "gelu_tanh": functools.partial(functional.gelu, approximate="tanh"),
+    "tanh": torch.tanh,
+}
+
+
+def _linear_fused(
+    input: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    *,
+    norm_weight: Tensor | None = None,
+    norm_eps: float = 0.0,
+    norm_offset: float = 0.0,
+    activation: str = "none",
+    gated: bool = False,
+    multiplier: Tensor | None = None,
+    scale: float = 1.0,
+    residual: Tensor | None = None,
+) -> list[Tensor]:
+    """Autograd's `linear_fused`: with a gradient to come, the ops that it stands for."""
+    arguments = {
+        "norm_weight": norm_weight,
+        "norm_eps": norm_eps,
+        "norm_offset": norm_offset,
+        "activation": activation,
+        "gated": gated,
+        "multiplier": multiplier,
+        "scale": scale,
+        "residual": residual,
+    }
+    tensors = (input, *weights, *biases, norm_weight, multiplier, residual)
+    if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
+        outputs: list[Tensor]
+        with torch._C._AutoDispatchBelowAutograd():
+            outputs = torch.ops.triton_only.linear_fused(input, weights, biases, **arguments)
+        return outputs
+    product_ops.check_linear_fused(
+        input, weights, biases, norm_weight, activation, gated, multiplier, scale, residual
+    )
+    x = input
+    if norm_weight is not None:
+        wide = input.float()
+        rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + norm_eps)
+        x = (wide * rstd * (norm_weight.float() + norm_offset)).to(input.dtype)
+    mm = torch.ops.triton_only.mm
+    values = [mm(x, weight.mT, out_dtype=torch.float32) for weight in weights]
+    if biases:
+        values = [value + bias.float() for value, bias in zip(values, biases, strict=True)]
+    activate = _ACTIVATIONS.get(activation, lambda value: value)
+    values = [activate(values[0]) * values[1]] if gated else [activate(v) for v in values]
+    if multiplier is not None:
+        values = [values[0] * multiplier.float()]
+    if scale != 1:
+        values = [values[0] * scale]
+    if residual is not None:
+        values = [values[0] + residual.float()]
+    return [value.to(input.dtype) for value in values]
+
+
 def _save_attention(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Any) -> None:
-    query, key, value, attn_mask = inputs
+    query, key, value, attn_mask, seed = inputs
     if attn_mask is not None and attn_mask.requires_grad:
         raise NotImplementedError(
             "triton_only.attention: no gradient for attn_mask; detach it, or write the attention "
             "as bmm, softmax, bmm"
         )
     out, logsumexp = output
-    ctx.save_for_backward(query, key, value, attn_mask, out, logsumexp)
+    ctx.save_for_backward(query, key, value, attn_mask, out, logsumexp, seed)
     ctx.mark_non_differentiable(logsumexp)
     ctx.options = keyword_only_inputs
 
 
 def _attention_backward(ctx: Any, grad_output: Tensor, _: Tensor | None) -> tuple[Any, ...]:
-    query, key, value, attn_mask, out, logsumexp = ctx.saved_tensors
+    query, key, value, attn_mask, out, logsumexp, seed = ctx.saved_tensors
     grads = torch.ops.triton_only.attention_backward(
-        grad_output, query, key, value, attn_mask, out, logsumexp, **ctx.options
+        grad_output, query, key, value, attn_mask, out, logsumexp, seed, **ctx.options
     )
-    return (*grads, None)
+    return (*grads, None, None)
 
 
 def _attention(
@@ -79,24 +146,62 @@ def _attention(
     key: Tensor,
     value: Tensor,
     attn_mask: Tensor | None = None,
-    *,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
+    seed: Tensor | None = None,
+    **options: Any,
 ) -> Tensor:
     """Autograd's `attention`: with a gradient to come, the forward that keeps the log-sum-exp."""
     output: Tensor
-    arguments = {"is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
     tensors = (query, key, value) if attn_mask is None else (query, key, value, attn_mask)
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         sdpa = load("sdpa")
-        sdpa.check(query, key, value, attn_mask)
-        expanded = sdpa.expand_operands(query, key, value, enable_gqa)
-        pair = torch.ops.triton_only.attention_forward(*expanded, attn_mask, **arguments)
+        chosen = sdpa.Options(**options)
+        sdpa.check(query, key, value, attn_mask, seed, chosen)
+        expanded = sdpa.expand_operands(query, key, value, chosen.enable_gqa)
+        pair = torch.ops.triton_only.attention_forward(*expanded, attn_mask, seed, **options)
         output = pair[0]
         return output
     with torch._C._AutoDispatchBelowAutograd():
-        output = torch.ops.triton_only.attention(query, key, value, attn_mask, **arguments)
+        output = torch.ops.triton_only.attention(query, key, value, attn_mask, seed, **options)
+    return output
+
+
+def _save_varlen(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Any) -> None:
+    *tensors, max_q, max_k, seed = inputs
+    out, logsumexp = output
+    ctx.save_for_backward(*tensors, out, logsumexp, seed)
+    ctx.mark_non_differentiable(logsumexp)
+    ctx.lengths = max_q, max_k
+    ctx.options = keyword_only_inputs
+
+
+def _varlen_backward(ctx: Any, grad_output: Tensor, _: Tensor | None) -> tuple[Any, ...]:
+    *tensors, out, logsumexp, seed = ctx.saved_tensors
+    grads = torch.ops.triton_only.attention_varlen_backward(
+        grad_output, *tensors, *ctx.lengths, out, logsumexp, seed, **ctx.options
+    )
+    return (*grads, None, None, None, None, None)
+
+
+def _varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_q: int,
+    max_k: int,
+    seed: Tensor | None = None,
+    **options: Any,
+) -> Tensor:
+    """Autograd's `attention_varlen`."""
+    output: Tensor
+    ops = torch.ops.triton_only
+    args = (query, key, value, cu_seqlens_q, cu_seqlens_k, max_q, max_k, seed)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value)):
+        output = ops.attention_varlen_forward(*args, **options)[0]
+        return output
+    with torch._C._AutoDispatchBelowAutograd():
+        output = ops.attention_varlen(*args, **options)
     return output
 
 
@@ -124,3 +229,11 @@ def register(library: torch.library.Library) -> None:
         lib=library,
     )
     library.impl("attention", _attention, "Autograd")
+    library.impl("linear_fused", _linear_fused, "Autograd")
+    torch.library.register_autograd(
+        "triton_only::attention_varlen_forward",
+        _varlen_backward,
+        setup_context=_save_varlen,
+        lib=library,
+    )
+    library.impl("attention_varlen", _varlen, "Autograd")

@@ -6,3 +6,4 @@ import torch
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEAD_DIM = 256
+ACTIVATIONS = ("none", "relu", "sigmoid", "silu", "gelu", "gelu_tanh", "tanh")

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
 from triton_only_backend.errors import UnsupportedProblemError
 from triton_only_backend.kernels import hardware
+from triton_only_backend.kernels.epilogue import NO_EPILOGUE, Epilogue
 from triton_only_backend.kernels.gemm import gemm
 from triton_only_backend.kernels.gemm_configs import (
-    GEMV_MAX_ROWS,
     GemmProblem,
     bucket,
     select_config,
-    select_gemv,
+    with_staging,
 )
 from triton_only_backend.kernels.gemm_tma import gemm_tma
-from triton_only_backend.kernels.gemv import gemv, gemv_many
+from triton_only_backend.kernels.gemv import gemv
 from triton_only_backend.kernels.limits import DTYPES
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 
 def float32_precision(device: torch.device) -> str:
@@ -73,8 +68,9 @@ def matmul(
     *,
     alpha: float = 1.0,
     beta: float = 1.0,
+    epilogue: Epilogue = NO_EPILOGUE,
 ) -> None:
-    """Writes alpha · a @ b + beta · bias to `out`.
+    """Writes epilogue(alpha · a @ b + beta · bias) to `out`.
 
     Args:
         a: (B, M, K), fp16, bf16 or fp32, any strides.
@@ -83,6 +79,7 @@ def matmul(
         out: (B, M, N).
         alpha: factor of the product.
         beta: factor of the bias.
+        epilogue: what follows; with operands only for B = 1.
 
     Raises:
         DeviceError: tensors on a device that Triton cannot drive.
@@ -108,52 +105,17 @@ def matmul(
     config = select_config(problem, device)
     with hardware.guard(out):
         if config.kernel == "gemv":
-            gemv(a, b, bias, out, alpha=alpha, beta=beta, config=config)
+            gemv(a, b, bias, out, alpha=alpha, beta=beta, config=config, epilogue=epilogue)
         elif config.kernel == "gemm_tma":
+            sizes = (a.element_size(), out.element_size())
+            operand_size = sum(t.element_size() for t in epilogue.tensors)
+            config = with_staging(config, *sizes, operand_size, device)
             gemm_tma(
                 a[0], b[0], None if bias is None else bias[0], out[0],
-                alpha=alpha, beta=beta, config=config, num_sms=device.num_sms,
+                alpha=alpha, beta=beta, config=config, num_sms=device.num_sms, epilogue=epilogue,
             )  # fmt: skip
         else:
-            gemm(a, b, bias, out, alpha=alpha, beta=beta, config=config, precision=precision)
-
-
-def linear_many(
-    a: torch.Tensor,
-    weights: Sequence[torch.Tensor],
-    biases: Sequence[torch.Tensor] | None,
-    outs: Sequence[torch.Tensor],
-) -> None:
-    """Writes a @ weightᵀ (+ bias) to each of `outs`: in one launch where that is faster.
-
-    Args:
-        a: (M, K), fp16, bf16 or fp32, any strides.
-        weights: (N_i, K), a's dtype, any strides.
-        biases: (N_i,) each, or None.
-        outs: (M, N_i) each, contiguous.
-    """
-    M, K = a.shape
-    device = hardware.of(a.device)
-    one_launch = (
-        0 < M <= GEMV_MAX_ROWS
-        and 2 <= len(weights) <= 3
-        and all(w.stride(1) == 1 and w.shape[0] > 0 and is_aligned(w[None]) for w in weights)
-        and all(b.stride(0) == 1 for b in biases or ())
-    )
-    if not one_launch:
-        for i, (weight, out) in enumerate(zip(weights, outs, strict=True)):
-            bias = None if biases is None else biases[i]
-            matmul(a[None], weight.T[None], bias, out[None])
-        return
-    problem = GemmProblem(
-        batch=1,
-        M=M,
-        N=sum(w.shape[0] for w in weights),
-        K=K,
-        element_size=a.element_size(),
-        ieee=a.dtype == torch.float32,
-        a_k_contiguous=True,
-        b_k_contiguous=True,
-    )
-    with hardware.guard(a):
-        gemv_many(a, weights, biases, outs, config=select_gemv(problem, device))
+            gemm(
+                a, b, bias, out,
+                alpha=alpha, beta=beta, config=config, precision=precision, epilogue=epilogue,
+            )  # fmt: skip

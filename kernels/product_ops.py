@@ -1,12 +1,17 @@
-"""The products' schemas, fake kernels and implementations: mm, addmm, bmm, baddbmm, linear_many."""
+"""The products' schemas, fake kernels and implementations: mm, addmm, bmm, baddbmm, linear_*."""
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from triton_only_backend.kernels.limits import ACTIVATIONS, DTYPES
 from triton_only_backend.kernels.loading import load
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 Tensor = torch.Tensor
 
@@ -18,7 +23,14 @@ SCHEMAS = (
     "baddbmm(Tensor bias, Tensor a, Tensor b, *, Scalar beta=1, Scalar alpha=1, "
     "ScalarType? out_dtype=None) -> Tensor",
     "linear_many(Tensor a, Tensor[] weights, Tensor[] biases) -> Tensor[]",
+    "linear_fused(Tensor input, Tensor[] weights, Tensor[] biases, *, Tensor? norm_weight=None, "
+    'float norm_eps=0.0, float norm_offset=0.0, str activation="none", bool gated=False, '
+    "Tensor? multiplier=None, float scale=1.0, Tensor? residual=None) -> Tensor[]",
 )
+
+
+def _check(op: str, condition: bool, message: Callable[[], str]) -> None:
+    torch._check(condition, lambda: f"triton_only.{op}: {message()}")
 
 
 def _check_product(op: str, a: Tensor, b: Tensor, dim: int) -> None:
@@ -111,7 +123,124 @@ def _fake_linear_many(a: Tensor, weights: list[Tensor], biases: list[Tensor]) ->
 
 def _linear_many(a: Tensor, weights: list[Tensor], biases: list[Tensor]) -> list[Tensor]:
     outs = _fake_linear_many(a, weights, biases)
-    load("matmul").linear_many(a, weights, biases or None, outs)
+    load("linear").linear(a, weights, biases or None, outs)
+    return outs
+
+
+def check_linear_fused(
+    input: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    norm_weight: Tensor | None,
+    activation: str,
+    gated: bool,
+    multiplier: Tensor | None,
+    scale: float,
+    residual: Tensor | None,
+) -> None:
+    """Refuses arguments that `linear_fused` does not take.
+
+    Raises:
+        UnsupportedProblemError: operands of other dtypes.
+        RuntimeError: naming the argument, its shape and a remedy.
+    """
+    for weight in weights:
+        _check_product("linear_fused", input, weight.mT, 2)
+    check = functools.partial(_check, "linear_fused")
+    check(len(weights) > 0, lambda: "no weights; give at least one")
+    check(
+        activation in ACTIVATIONS,
+        lambda: f"unknown activation {activation!r}; known are {', '.join(ACTIVATIONS)}",
+    )
+    columns = [w.shape[0] for w in weights]
+    check(
+        not gated or (len(weights) == 2 and columns[0] == columns[1]),
+        lambda: f"gated takes two weights with as many rows each, got {columns} rows",
+    )
+    check(
+        not biases or [list(b.shape) for b in biases] == [[n] for n in columns],
+        lambda: (
+            f"weights with {columns} rows take biases of those lengths, or none; "
+            f"got {[list(b.shape) for b in biases]}"
+        ),
+    )
+    check(
+        norm_weight is None or norm_weight.shape == input.shape[1:],
+        lambda: (
+            f"norm_weight {list(norm_weight.shape)} does not fit "  # type: ignore[union-attr]
+            f"the input's {input.shape[1]} columns"
+        ),
+    )
+    check(
+        len(weights) == 1 or gated or (multiplier is None and residual is None and scale == 1),
+        lambda: "multiplier, scale and residual need a single output; give one weight, or gated",
+    )
+    parts = {"norm_weight": norm_weight, "multiplier": multiplier, "residual": residual}
+    parts |= {f"biases[{i}]": bias for i, bias in enumerate(biases)}
+    refused = {k: part.dtype for k, part in parts.items() if part is not None}
+    refused = {k: dtype for k, dtype in refused.items() if dtype not in DTYPES}
+    check(
+        not refused,
+        lambda: "; ".join(
+            f"{name} is {dtype}; cast it to one of float16, bfloat16 or float32"
+            for name, dtype in refused.items()
+        ),
+    )
+    for part in (multiplier, residual):
+        if part is not None:
+            part.expand(input.shape[0], columns[0])
+
+
+def _fake_linear_fused(
+    input: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    *,
+    norm_weight: Tensor | None = None,
+    norm_eps: float = 0.0,
+    norm_offset: float = 0.0,
+    activation: str = "none",
+    gated: bool = False,
+    multiplier: Tensor | None = None,
+    scale: float = 1.0,
+    residual: Tensor | None = None,
+) -> list[Tensor]:
+    check_linear_fused(
+        input, weights, biases, norm_weight, activation, gated, multiplier, scale, residual
+    )
+    outputs = weights[:1] if gated else weights
+    return [input.new_empty((input.shape[0], weight.shape[0])) for weight in outputs]
+
+
+def _linear_fused(
+    input: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    *,
+    norm_weight: Tensor | None = None,
+    norm_eps: float = 0.0,
+    norm_offset: float = 0.0,
+    activation: str = "none",
+    gated: bool = False,
+    multiplier: Tensor | None = None,
+    scale: float = 1.0,
+    residual: Tensor | None = None,
+) -> list[Tensor]:
+    check_linear_fused(
+        input, weights, biases, norm_weight, activation, gated, multiplier, scale, residual
+    )
+    outputs = weights[:1] if gated else weights
+    outs = [input.new_empty((input.shape[0], weight.shape[0])) for weight in outputs]
+    linear = load("linear")
+    norm = None if norm_weight is None else linear.Norm(norm_weight, norm_eps, norm_offset)
+    shape = outs[0].shape
+    epilogue = linear.Epilogue(
+        activation,
+        None if multiplier is None else multiplier.expand(shape),
+        scale,
+        None if residual is None else residual.expand(shape),
+    )
+    linear.linear(input, weights, biases or None, outs, norm=norm, gated=gated, epilogue=epilogue)
     return outs
 
 
@@ -147,4 +276,5 @@ IMPLEMENTATIONS = {
     "bmm": (_bmm, _fake_mm("bmm", 3)),
     "baddbmm": (_baddbmm, _fake_addmm("baddbmm", 3)),
     "linear_many": (_linear_many, _fake_linear_many),
+    "linear_fused": (_linear_fused, _fake_linear_fused),
 }

@@ -10,44 +10,95 @@ from pathlib import Path
 
 import pytest
 
+from triton_only_backend.kernels import tuned
+
 SCRIPT = """
 import json, sys
-import torch
 sys.path.insert(0, sys.argv[1])
 import cross_compile
 target = sys.argv[2]
-compiled = cross_compile.compile_for(target)
+hardware = cross_compile.TARGETS[target][2]
+from triton_only_backend.tuning import compilation
+from triton_only_backend.tuning.cross_compile import Target
+backend, arch, _ = cross_compile.TARGETS[target]
+compilation.begin(Target(backend, arch, 64 if backend == "hip" else 32), hardware)
+compiled = compilation._compiled
+import torch
+import triton_only_backend
 from triton_only_backend.kernels import matmul
-from triton_only_backend.kernels import hardware
-hardware.of = lambda device: cross_compile.TARGETS[target][2]
-SHAPES = json.loads(sys.argv[3])
+from triton_only_backend.kernels.gemm_configs import select_config
+from triton_only_backend.tuning.compilation import Job, compiled_as
+from triton_only_backend.tuning.spaces import decode_problem
+from triton_only_backend.tuning.trial import call, fp32_precision
+
+work = json.loads(sys.argv[3])
+def report(problem, before):
+    for c in compiled[before:]:
+        row = dict(name=c.name, registers=c.registers, spilled=c.spilled,
+                   shared=c.shared_memory, problem=problem,
+                   wgmma="wgmma.mma" in c.asm.get("ptx", ""),
+                   tma="cp.async.bulk.tensor" in c.asm.get("ptx", ""))
+        print(json.dumps(row))
+
 for dtype in (torch.bfloat16, torch.float32):
-    for M, N, K, k_major in SHAPES:
+    for M, N, K, k_major in work["shapes"]:
         a = torch.empty(1, M, K, dtype=dtype)
         b = torch.empty(1, N, K, dtype=dtype).mT if k_major else torch.empty(1, K, N, dtype=dtype)
         out = torch.empty(1, M, N, dtype=dtype)
         before = len(compiled)
         matmul.matmul(a, b, torch.empty(N, dtype=dtype), out)
-        for c in compiled[before:]:
-            row = dict(name=c.name, registers=c.registers, spilled=c.spilled,
-                       shared=c.shared_memory, problem=[str(dtype), M, N, K, k_major],
-                       wgmma="wgmma.mma" in c.asm.get("ptx", ""),
-                       tma="cp.async.bulk.tensor" in c.asm.get("ptx", ""))
-            print(json.dumps(row))
+        report([str(dtype), M, N, K, k_major], before)
+for M, N, K, gated in work["fused"]:
+    like = dict(dtype=torch.bfloat16)
+    weights = [torch.empty(N, K, **like) for _ in range(1 + gated)]
+    before = len(compiled)
+    torch.ops.triton_only.linear_fused(
+        torch.empty(M, K, **like), weights, [], norm_weight=torch.empty(K, **like), norm_eps=1e-5,
+        activation="silu", gated=gated, residual=torch.empty(M, N, **like),
+    )
+    report(["linear_fused", M, N, K, gated], before)
+seen = set()
+for text in work["tables"]:
+    problem = decode_problem("gemm", text)
+    key = compiled_as(Job("gemm", problem, select_config(problem, hardware)), hardware.num_sms)
+    if key not in seen:
+        seen.add(key)
+        before = len(compiled)
+        with fp32_precision(problem):
+            call("gemm", problem, torch.device("cpu"))()
+        report(text, before)
 """
-QUICK = [(1, 4096, 4096, True), (16, 4096, 14336, True), (512, 4096, 4096, False)]
-ALL = [
-    (M, N, K, k_major)
-    for M in (1, 2, 8, 33, 64, 128, 512, 4096)
-    for N, K in ((1024, 4096), (4096, 14336), (28672, 4096), (495, 5333))
-    for k_major in (True, False)
-]
+QUICK = {
+    "shapes": [(1, 4096, 4096, True), (16, 4096, 14336, True), (512, 4096, 4096, False)],
+    "fused": [(1, 4096, 4096, True), (64, 4096, 4096, False)],
+    "tables": [],
+}
+# Every problem of every table: on the table's own architecture its configuration, elsewhere the
+# heuristic's choice.
+IN_TABLES = sorted(
+    {problem for table in tuned.shipped_tables() for problem in table["entries"].get("gemm", {})}
+)
+ALL = {
+    "shapes": [
+        (M, N, K, k_major)
+        for M in (1, 2, 8, 33, 64, 128, 512, 4096)
+        for N, K in ((1024, 4096), (4096, 14336), (28672, 4096), (495, 5333))
+        for k_major in (True, False)
+    ],
+    "fused": [
+        (M, N, K, gated)
+        for M in (1, 2, 16, 64, 512)
+        for N, K in ((1024, 4096), (14336, 4096), (33, 100))
+        for gated in (False, True)
+    ],
+    "tables": IN_TABLES,
+}
 
 
-def compile_for(target: str, shapes: list[tuple[int, int, int, bool]]) -> list[dict]:
+def compile_for(target: str, work: dict) -> list[dict]:
     environ = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     run = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(Path(__file__).parent), target, json.dumps(shapes)],
+        [sys.executable, "-c", SCRIPT, str(Path(__file__).parent), target, json.dumps(work)],
         capture_output=True,
         text=True,
         env=environ,
@@ -74,7 +125,7 @@ def tests_folder(monkeypatch):
 
 @pytest.mark.parametrize("target", ["sm80", "sm90", "gfx942"])
 def test_first_choices_fit_and_do_not_spill(target):
-    rows = compile_for(target, QUICK)
+    rows = compile_for(target, {**QUICK, "tables": IN_TABLES[::16]})
     assert {row["name"] for row in rows} >= {"gemv_kernel"}
     check(target, rows)
     if target == "sm90":

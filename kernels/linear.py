@@ -1,0 +1,186 @@
+"""Linear layers with what stands around them: chooses between kernels, and launches.
+
+    x = rms_norm(a) or a
+    out_i = epilogue(x @ weight_iᵀ + bias_i)
+    gated: out = epilogue(activation(x @ weight_0ᵀ + bias_0) · (x @ weight_1ᵀ + bias_1))
+
+One or two rows: everything in one launch, and so up to 64 on Hopper where that fills the GPU. Else
+the norm, then a product a weight, or one kernel for two of which one gates the other, with the
+epilogue in the product's kernel.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from triton_only_backend.kernels import hardware
+from triton_only_backend.kernels.epilogue import NO_EPILOGUE, Epilogue
+from triton_only_backend.kernels.gated_gemm import gated_gemm
+from triton_only_backend.kernels.gemm_configs import (
+    GEMV_MAX_ROWS,
+    SKINNY_MAX_ROWS,
+    bucket,
+    next_power_of_2,
+)
+from triton_only_backend.kernels.linear_configs import (
+    SkinnyConfig,
+    select_gated,
+    select_linear_gemv,
+    select_skinny,
+)
+from triton_only_backend.kernels.linear_gemv import linear_gemv
+from triton_only_backend.kernels.matmul import is_aligned, matmul
+from triton_only_backend.kernels.rms_norm import Norm, rms_norm
+from triton_only_backend.kernels.skinny_linear import skinny_linear
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+# Outputs of one launch.
+MAX_OUTPUTS = 3
+
+
+def linear(
+    a: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor] | None,
+    outs: Sequence[torch.Tensor],
+    *,
+    norm: Norm | None = None,
+    gated: bool = False,
+    epilogue: Epilogue = NO_EPILOGUE,
+) -> None:
+    """Writes epilogue(norm(a) @ weightᵀ (+ bias)) to each of `outs`.
+
+    Args:
+        a: (M, K), fp16, bf16 or fp32, any strides.
+        weights: (N_i, K), a's dtype, any strides.
+        biases: (N_i,) each, or None.
+        outs: (M, N_i) each, contiguous; gated, one.
+        norm: normalises a's rows. Few rows keep it in fp32; more are rounded to a's dtype, in which
+            the tensor cores take them.
+        gated: of two weights, the activation of the first product times the second.
+        epilogue: what follows; with operands only for one output.
+    """
+    M = a.shape[0]
+    if _streams(M, weights, biases, norm):
+        _stream(a, weights, biases, outs, norm, gated, epilogue)
+        return
+    skinny = _skinny(a, weights, biases, norm, gated)
+    if skinny is not None:
+        with hardware.guard(a):
+            skinny_linear(
+                a, weights, biases, outs, config=skinny, norm=norm, gated=gated, epilogue=epilogue
+            )
+        return
+    if norm is not None and M > 0:
+        normalised = torch.empty_like(a, memory_format=torch.contiguous_format)
+        with hardware.guard(a):
+            rms_norm(a, norm, normalised)
+        a = normalised
+    if gated:
+        _gate(a, weights, biases, outs[0], epilogue)
+        return
+    for i, (weight, out) in enumerate(zip(weights, outs, strict=True)):
+        bias = None if biases is None else biases[i]
+        matmul(a[None], weight.T[None], bias, out[None], epilogue=epilogue)
+
+
+def _streams(
+    M: int,
+    weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor] | None,
+    norm: Norm | None,
+) -> bool:
+    """Whether `linear_gemv` takes the problem."""
+    return (
+        0 < M <= GEMV_MAX_ROWS
+        and all(w.numel() > 0 for w in weights)
+        and _is_k_major(*weights)
+        and all(b.stride(0) == 1 for b in biases or ())
+        and (norm is None or norm.weight.stride(0) == 1)
+    )
+
+
+def _skinny(
+    a: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor] | None,
+    norm: Norm | None,
+    gated: bool,
+) -> SkinnyConfig | None:
+    """The configuration with which `skinny_linear` takes the problem, or None."""
+    M = a.shape[0]
+    if (
+        GEMV_MAX_ROWS < M <= SKINNY_MAX_ROWS
+        and len(weights) <= MAX_OUTPUTS
+        and (a.dtype == torch.bfloat16 or (a.dtype == torch.float16 and norm is None))
+        and all(w.numel() > 0 for w in weights)
+        and _is_k_major(a, *weights)
+        and all(b.stride(0) == 1 for b in biases or ())
+        and (norm is None or norm.weight.stride(0) == 1)
+    ):
+        columns = sum(w.shape[0] for w in (weights[:1] if gated else weights))
+        device = hardware.of(a.device)
+        return select_skinny(
+            next_power_of_2(M), columns, len(weights), gated, norm is not None, device
+        )
+    return None
+
+
+def _is_k_major(*operands: torch.Tensor) -> bool:
+    """Whether K is contiguous in each, and rows start at 16-byte boundaries."""
+    return all(t.stride(1) == 1 and is_aligned(t[None]) for t in operands)
+
+
+def _stream(
+    a: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor] | None,
+    outs: Sequence[torch.Tensor],
+    norm: Norm | None,
+    gated: bool,
+    epilogue: Epilogue,
+) -> None:
+    device = hardware.of(a.device)
+    with hardware.guard(a):
+        for first in range(0, len(outs), MAX_OUTPUTS):
+            some = slice(first, first + MAX_OUTPUTS)
+            columns = sum(out.shape[1] for out in outs[some])
+            config = select_linear_gemv(columns, a.shape[1], a.element_size(), gated, device)
+            linear_gemv(
+                a, weights[some], None if biases is None else biases[some], outs[some],
+                config=config, norm=norm, gated=gated, epilogue=epilogue,
+            )  # fmt: skip
+
+
+def _gate(
+    x: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor] | None,
+    out: torch.Tensor,
+    epilogue: Epilogue,
+) -> None:
+    if out.numel() == 0:
+        return
+    config = None
+    if (
+        x.element_size() == 2
+        and _is_k_major(x, *weights)
+        and all(b.stride(0) == 1 for b in biases or ())
+    ):
+        config = select_gated(bucket(x.shape[0]), *weights[0].shape, hardware.of(x.device))
+    if config is not None:
+        with hardware.guard(x):
+            gated_gemm(x, weights, biases, out, config=config, epilogue=epilogue)
+        return
+    # Two products: the second takes what the first made, rounded as by PyTorch, for multiplier.
+    gate_bias, up_bias = biases or (None, None)
+    gate = torch.empty_like(out)
+    before = replace(epilogue, residual=None)
+    matmul(x[None], weights[0].T[None], gate_bias, gate[None], epilogue=before)
+    after = Epilogue(multiplier=gate, residual=epilogue.residual)
+    matmul(x[None], weights[1].T[None], up_bias, out[None], epilogue=after)

@@ -1,0 +1,180 @@
+"""How linear layers with fused norm, gate and epilogue are computed: pure functions of integers."""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from triton_only_backend.kernels.gemm_configs import (
+    SKINNY_MAX_ROWS,
+    fit_stages,
+    next_power_of_2,
+)
+
+if TYPE_CHECKING:
+    from triton_only_backend.kernels.hardware import Hardware
+
+
+@dataclass(frozen=True)
+class GemvConfig:
+    """How few rows are multiplied with K-contiguous weights.
+
+    Attributes:
+        block_n: columns of an output that a program computes.
+        block_k: of K a step.
+        prefetch: blocks of block_k that are prefetched before the producer is waited for.
+    """
+
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    prefetch: int = 0
+
+
+@functools.lru_cache(maxsize=1024)
+def select_linear_gemv(
+    N: int, K: int, element_size: int, gated: bool, hardware: Hardware
+) -> GemvConfig:
+    """The configuration for N columns in all (of one of the two weights, if gated).
+
+    Measured on an H200, bf16, M = 1 and 2: 16 rows of weights × 256 of K a step are level or best
+    for N ≥ 4096; with fewer than 16 columns a multiprocessor, 4 × 1024. In a whole decode step, a
+    stage more for two weights took off 10 µs of 4120, and 8 × 512 for K = 14336 another 20.
+    """
+    if hardware.is_interpreter:
+        return GemvConfig(256, min(max(next_power_of_2(K), 16), 1024), 4, 1)
+    block_n, block_k, stages = 16, 512 // element_size, 4
+    if 16 * hardware.num_sms > N:
+        block_n, block_k = 4, 2048 // element_size
+    elif gated:
+        stages = 5
+    elif K >= 8192:
+        block_n, block_k, stages = 8, 1024 // element_size, 3
+    if gated:
+        block_n //= 2
+    block_k = min(block_k, max(next_power_of_2(K), 32))
+    return GemvConfig(block_n, block_k, 4, stages)
+
+
+@dataclass(frozen=True)
+class GatedConfig:
+    """How two weights, one gating the other, are multiplied with one input on tensor cores.
+
+    Attributes:
+        tma: through tensor descriptors, persistently.
+        block_m: rows of the input.
+        block_n: rows of each weight.
+        swap: the weights' rows are the tensor cores' M side.
+        resident: blocks of the persistent kernel that share a multiprocessor.
+    """
+
+    tma: bool
+    block_m: int
+    block_n: int
+    block_k: int
+    group_m: int
+    num_warps: int
+    num_stages: int
+    swap: bool = False
+    resident: int = 1
+
+
+@dataclass(frozen=True)
+class SkinnyConfig:
+    """How few rows are multiplied on Hopper.
+
+    Attributes:
+        block_m: at least the input's rows; without `swap` at least 64.
+        block_n: rows of each weight a program; with `swap` at least 64.
+        swap: the weights' rows are the tensor cores' M side.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    swap: bool = True
+
+
+# One kernel with two accumulators reaches 600 TFLOP/s of an H200, a product alone 775: 1024 rows of
+# Llama-3-8B's gate and up take 402 µs so, and 330 as two products, of which the second multiplies.
+GATED_MAX_ROWS = 128
+
+# Rows of the input and of each weight, of K, warps, stages; µs that one multiprocessor of an H200
+# takes for a tile of twice the columns with K = 4096 (see `gemm_configs`).
+_HOPPER_TILES = (
+    (64, 64, 128, 4, 4, 14.3),
+    (128, 64, 64, 8, 5, 22.6),
+    (128, 128, 64, 8, 4, 42.0),
+)
+
+
+@functools.lru_cache(maxsize=1024)
+def select_gated(M: int, N: int, K: int, hardware: Hardware) -> GatedConfig | None:
+    """The configuration for 16-bit operands; None where two products are better.
+
+    Two products can split K, which few tiles need to fill the GPU.
+    """
+    if hardware.is_interpreter:
+        block_m, block_n = (min(max(next_power_of_2(n), 16), 256) for n in (M, N))
+        block_k = min(max(next_power_of_2(K), 16), 1024)
+        return GatedConfig(False, block_m, block_n, block_k, 1, 4, 1)
+    if M <= SKINNY_MAX_ROWS:
+        config = _skinny_gated(M, N, hardware)
+    elif hardware.has_wgmma:
+        if M > GATED_MAX_ROWS:
+            return None
+        config = _hopper_gated(M, N, hardware)
+    else:
+        # mma.sync keeps operands in registers beside the two accumulators.
+        stages = fit_stages(hardware, 128, 128, 32, 2, most=4, blocks=1)
+        config = GatedConfig(False, 128, 64, 32, 8, 8, stages)
+    tiles = math.ceil(M / config.block_m) * math.ceil(N / config.block_n)
+    return config if tiles >= hardware.num_sms // 2 else None
+
+
+def _skinny_gated(M: int, N: int, hardware: Hardware) -> GatedConfig:
+    block_m = max(next_power_of_2(M), 16)
+    resident = 1 if math.ceil(N / 64) <= hardware.num_sms else 2
+    block_k = 64 if resident == 2 else 128
+    stages = fit_stages(hardware, block_m, 128, block_k, 2, most=5, blocks=resident)
+    return GatedConfig(
+        hardware.has_wgmma, block_m, 64, block_k, 8, 4, max(stages, 2), True, resident
+    )  # fmt: skip
+
+
+def _hopper_gated(M: int, N: int, hardware: Hardware) -> GatedConfig:
+    def cost(tile: tuple[int, int, int, int, int, float]) -> float:
+        block_m, block_n, *_, tile_us = tile
+        tiles = math.ceil(M / block_m) * math.ceil(N / block_n)
+        return math.ceil(tiles / hardware.num_sms) * tile_us
+
+    block_m, block_n, block_k, warps, stages, _ = min(_HOPPER_TILES, key=cost)
+    return GatedConfig(True, block_m, block_n, block_k, 16, warps, stages)
+
+
+@functools.lru_cache(maxsize=1024)
+def select_skinny(
+    M: int, N: int, weights: int, gated: bool, normed: bool, hardware: Hardware
+) -> SkinnyConfig | None:
+    """The configuration for N columns in all; None where a launch a weight is better.
+
+    That is off Hopper, for one weight alone, where 64 columns a program leave most of the
+    multiprocessors idle, and where they are more than run at once: the other kernels split K and
+    persist.
+    """
+    tiles = math.ceil(N / 64)
+    alone = weights == 1 and not normed
+    few, many = tiles < hardware.num_sms // 3, tiles > 2 * hardware.num_sms
+    if not hardware.has_wgmma or alone or few or many:
+        return None
+    block_m = max(next_power_of_2(M), 16)
+    block_n = 128 if gated else 64  # of both weights
+    resident = 1 if tiles <= hardware.num_sms else 2
+    block_k = 128 if resident == 1 else 64
+    stages = fit_stages(hardware, block_m, block_n, block_k, 2, most=6, blocks=resident)
+    return SkinnyConfig(block_m, 64, block_k, 4, stages)

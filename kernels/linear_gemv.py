@@ -1,0 +1,171 @@
+"""One or two rows through up to three linear layers in one launch, with the norm before them.
+
+    x = a · rsqrt(mean_k(a²) + eps) · (norm + offset), or a itself
+    out_i = activation(x @ weight_iᵀ + bias_i) · …          (the rest as in `epilogue`)
+    gated: out = activation(x @ weight_0ᵀ + bias_0) · (x @ weight_1ᵀ + bias_1) · …
+
+The loop of `gemv` over K-contiguous weights. The norm costs no pass: a row's Σ a² is gathered
+beside its products with the weights, which it then scales. Gated, a program streams the same rows
+of both weights, so the intermediate of a SwiGLU never leaves its registers.
+
+Under programmatic dependent launch the kernel starts while its producer ends; with PREFETCH it
+brings that many blocks of its weights to the L2 cache meanwhile. Only there, for in eager mode even
+a weight may be what the kernel before wrote, and L2 is coherent where registers are not.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import triton
+import triton.language as tl
+
+from triton_only_backend.kernels import hardware
+from triton_only_backend.kernels.dependent_launch import (
+    launch_options,
+    prefetch_to_l2,
+    release_dependents,
+    wait_for_producers,
+)
+from triton_only_backend.kernels.epilogue import (
+    NO_EPILOGUE,
+    Epilogue,
+    activate,
+    apply_epilogue,
+)
+from triton_only_backend.kernels.gemm import can_overflow_int32
+from triton_only_backend.kernels.gemv import stream
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch
+
+    from triton_only_backend.kernels.linear_configs import GemvConfig
+    from triton_only_backend.kernels.rms_norm import Norm
+
+
+@triton.jit
+def linear_gemv_tile(
+    a_ptr, norm_ptr, weights, biases, out_ptr,
+    tile, N, K,
+    stride_am, stride_ak, strides_w,
+    norm_eps, norm_offset, epilogue,
+    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, LANE: tl.constexpr,
+    EVEN_K: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr, WIDE: tl.constexpr,
+    STAGES: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_N columns of one output, from one weight or, gated, from two."""
+    offs_n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_k = tl.arange(0, BLOCK_K)
+    if PDL and PREFETCH > 0:
+        line: tl.constexpr = 1024 // weights[0].dtype.element_ty.primitive_bitwidth
+        lines = tl.minimum(tl.arange(0, PREFETCH * BLOCK_K // line) * line, K - 1)
+        rows = tl.minimum(offs_n, N - 1).to(tl.int64)
+        for i in tl.static_range(0, len(weights)):
+            prefetch_to_l2(weights[i] + rows[:, None] * strides_w[i] + lines[None, :])
+    wait_for_producers(PDL)
+
+    if WIDE:
+        offs_n = offs_n.to(tl.int64)
+        offs_k = offs_k.to(tl.int64)
+    mask_n = offs_n < N
+    ptrs: tl.tuple = ()
+    steps: tl.tuple = ()
+    for i in tl.static_range(0, len(weights)):
+        ptrs += (weights[i] + offs_n[:, None] * strides_w[i] + offs_k[None, :],)
+        steps += (BLOCK_K,)
+    sums, squares = stream(
+        a_ptr, norm_ptr, ptrs, steps, offs_k, mask_n, K, stride_am, stride_ak, norm_offset,
+        ROWS, BLOCK_N, BLOCK_K, BLOCK_K, LANE, EVEN_K, WIDE, STAGES,
+    )  # fmt: skip
+
+    release_dependents(PDL)
+    for row in tl.static_range(0, ROWS):
+        values: tl.tuple = ()
+        for i in tl.static_range(0, len(weights)):
+            value = sums[i * ROWS + row]
+            if norm_ptr is not None:
+                value *= tl.rsqrt(squares[row] / K + norm_eps)
+            if biases is not None:
+                value += tl.load(biases[i] + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+            values += (value,)
+        if GATED:
+            result = activate(values[0], ACTIVATION) * values[1]
+            result = apply_epilogue(result, row, offs_n, mask_n, epilogue, "none")
+        else:
+            result = apply_epilogue(values[0], row, offs_n, mask_n, epilogue, ACTIVATION)
+        tl.store(out_ptr + row * N + offs_n, result.to(out_ptr.dtype.element_ty), mask=mask_n)
+
+
+@triton.jit
+def linear_gemv_kernel(
+    a_ptr, norm_ptr, weights, biases, outs, columns, K,
+    stride_am, stride_ak, strides_w,
+    norm_eps, norm_offset, epilogue,
+    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, LANE: tl.constexpr,
+    EVEN_K: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr, WIDE: tl.constexpr,
+    STAGES: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    if GATED:
+        linear_gemv_tile(
+            a_ptr, norm_ptr, weights, biases, outs[0], pid, columns[0], K,
+            stride_am, stride_ak, strides_w, norm_eps, norm_offset, epilogue,
+            ROWS, BLOCK_N, BLOCK_K, LANE, EVEN_K, True, ACTIVATION, WIDE, STAGES, PREFETCH, PDL,
+        )  # fmt: skip
+    else:
+        # A branch a matrix, rather than a chosen pointer: Triton keeps what it knows of each
+        # argument's alignment, and with it the 16-byte loads.
+        first = 0
+        for i in tl.static_range(0, len(weights)):
+            tiles = tl.cdiv(columns[i], BLOCK_N)
+            if pid >= first and pid < first + tiles:
+                linear_gemv_tile(
+                    a_ptr, norm_ptr, (weights[i],), None if biases is None else (biases[i],),
+                    outs[i], pid - first, columns[i], K,
+                    stride_am, stride_ak, (strides_w[i],), norm_eps, norm_offset, epilogue,
+                    ROWS, BLOCK_N, BLOCK_K, LANE, EVEN_K, False,
+                    ACTIVATION, WIDE, STAGES, PREFETCH, PDL,
+                )  # fmt: skip
+            first += tiles
+
+
+def linear_gemv(
+    a: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor] | None,
+    outs: Sequence[torch.Tensor],
+    *,
+    config: GemvConfig,
+    norm: Norm | None = None,
+    gated: bool = False,
+    epilogue: Epilogue = NO_EPILOGUE,
+) -> None:
+    """Writes epilogue(norm(a) @ weightᵀ (+ bias)) to each of `outs`, in one launch.
+
+    Args:
+        a: (M, K), M ≤ 2, fp16, bf16 or fp32, any strides.
+        weights: one to three of (N_i, K), a's dtype, K-contiguous.
+        biases: as many of (N_i,), contiguous, or None.
+        outs: as many of (M, N_i), contiguous; gated, one.
+        config: tile sizes, warps, stages and blocks to prefetch.
+        norm: normalises a's rows; its weight is contiguous.
+        gated: of two weights, the activation of the first product times the second.
+        epilogue: what follows; with operands only for one output.
+    """
+    M, K = a.shape
+    tiles = sum(triton.cdiv(out.shape[1], config.block_n) for out in outs)
+    linear_gemv_kernel[(tiles,)](
+        a, None if norm is None else norm.weight, tuple(weights), tuple(biases) if biases else None,
+        tuple(outs), tuple(out.shape[1] for out in outs), K,
+        *a.stride(), tuple(weight.stride(0) for weight in weights),
+        0.0 if norm is None else float(norm.eps), 0.0 if norm is None else float(norm.offset),
+        epilogue.arguments,
+        ROWS=M, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
+        LANE=16 // a.element_size(), EVEN_K=K % config.block_k == 0,
+        GATED=gated, ACTIVATION=epilogue.activation,
+        WIDE=can_overflow_int32(a, *weights, *epilogue.tensors), STAGES=config.num_stages,
+        PREFETCH=config.prefetch, num_warps=config.num_warps,
+        **launch_options(hardware.of(a.device)),
+    )  # fmt: skip

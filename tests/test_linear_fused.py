@@ -1,0 +1,439 @@
+"""linear_fused against fp64, its error beside that of PyTorch's own chain of ops on the same input."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.library import opcheck
+
+import triton_only_backend  # noqa: F401
+from triton_only_backend.errors import UnsupportedProblemError
+from triton_only_backend.kernels.limits import ACTIVATIONS
+
+ours = torch.ops.triton_only
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+EPS = 0.125  # against a mean square of 0.25: it shows when it is left out
+ROWS = (1, 2, 3, 5, 16, 33, 130)
+ACT = {
+    "none": lambda x: x,
+    "relu": F.relu,
+    "sigmoid": torch.sigmoid,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "tanh": torch.tanh,
+}
+
+
+@dataclass
+class Problem:
+    """A call of the op, and what PyTorch makes of it."""
+
+    input: torch.Tensor
+    weights: list[torch.Tensor]
+    biases: list[torch.Tensor]
+    options: dict[str, Any]
+
+    def run(self) -> list[torch.Tensor]:
+        return ours.linear_fused(self.input, self.weights, self.biases, **self.options)
+
+    def reference(self, dtype: torch.dtype) -> list[torch.Tensor]:
+        """The same in another dtype, an op at a time: in fp64 exact, in the input's the vendor's."""
+        options = {
+            k: v.to(dtype) if isinstance(v, torch.Tensor) else v for k, v in self.options.items()
+        }
+        x = self.input.to(dtype)
+        if "norm_weight" in options:
+            wide = x if dtype == torch.float64 else x.float()
+            rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + options["norm_eps"])
+            x = (wide * rstd).to(dtype) * (options["norm_weight"] + options["norm_offset"])
+        biases = [b.to(dtype) for b in self.biases] or [None] * len(self.weights)
+        ys = [F.linear(x, w.to(dtype), b) for w, b in zip(self.weights, biases, strict=True)]
+        activation = ACT[options.get("activation", "none")]
+        gated = options.get("gated")
+        ys = [activation(ys[0]) * ys[1]] if gated else [activation(y) for y in ys]
+        if len(ys) == 1:
+            y = ys[0] * options.get("multiplier", 1) * options.get("scale", 1.0)
+            ys = [y + options.get("residual", 0)]
+        return ys
+
+    def check(self) -> None:
+        outs = self.run()
+        exact, vendor = self.reference(torch.float64), self.reference(self.input.dtype)
+        assert len(outs) == len(exact)
+        for out, right, theirs in zip(outs, exact, vendor, strict=True):
+            assert out.shape == right.shape
+            assert out.dtype == self.input.dtype
+            assert out.is_contiguous()
+            error, vendor_error = ((t.double() - right).norm().item() for t in (out, theirs))
+            # The output is rounded, and where more than two rows are normalised, so is the input.
+            roundings = 2 if "norm_weight" in self.options else 1
+            rounding = torch.finfo(out.dtype).eps / 2 * roundings
+            rounding += torch.finfo(torch.float32).eps * 16
+            # On a handful of elements the vendor's error may be small by luck.
+            factor = 2 if right.numel() > 100 else 4
+            assert error <= factor * max(vendor_error, rounding * right.norm().item())
+
+
+def problem(
+    device: str,
+    M: int,
+    columns: tuple[int, ...],
+    K: int,
+    dtype: torch.dtype,
+    *,
+    bias: bool = False,
+    norm: torch.dtype | None = None,
+    multiplier: bool = False,
+    residual: bool = False,
+    **options: Any,
+) -> Problem:
+    def normal(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.randn(shape, device=device).to(dtype)
+
+    if norm is not None:
+        options |= {"norm_weight": normal(K, dtype=norm), "norm_eps": EPS}
+        options.setdefault("norm_offset", 0.0)
+    if multiplier:
+        options["multiplier"] = normal(M, columns[0])
+    if residual:
+        options["residual"] = normal(M, columns[0])
+    weights = [normal(n, K) for n in columns]
+    biases = [normal(n) for n in columns] if bias else []
+    return Problem(normal(M, K) / 2, weights, biases, options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("M", ROWS)
+def test_decode_step_of_a_llama(M, dtype, device):
+    """q, k, v with the norm; o with the residual; gate and up; down with the residual."""
+    problem(device, M, (64, 16, 16), 96, dtype, norm=dtype).check()
+    problem(device, M, (96,), 64, dtype, residual=True).check()
+    gate = problem(device, M, (112, 112), 96, dtype, norm=dtype, gated=True, activation="silu")
+    gate.check()
+    problem(device, M, (96,), 112, dtype, residual=True).check()
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize("M", [2, 5])
+def test_every_activation(M, gated, activation, device):
+    columns = (33, 33) if gated else (33,)
+    for dtype in (torch.float32, torch.bfloat16):
+        options = {"activation": activation, "gated": gated, "scale": 0.5}
+        whole = problem(
+            device, M, columns, 70, dtype, bias=True, multiplier=True, residual=True, **options
+        )
+        whole.check()
+        problem(device, M, (40, 7, 9), 64, dtype, activation=activation).check()
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_where_they_are_delicate(activation, device):
+    """Near 0, where tanh must not cancel; far out, where exp overflows; NaN, which must stay."""
+    x = torch.tensor(
+        [1e-30, -1e-6, 1e-3, 0.29, 0.31, -0.3, 5.0, -9.0, -80.0, 90.0, -200.0, 1e6], device=device
+    )
+    out = ours.linear_fused(
+        x[:, None], [torch.ones(1, 1, device=device)], [], activation=activation
+    )
+    expected = ACT[activation](x.double())
+    torch.testing.assert_close(out[0][:, 0].double(), expected, rtol=2e-6, atol=1e-15)
+    nan = torch.full((1, 1), float("nan"), device=device)
+    assert ours.linear_fused(nan, [nan], [], activation=activation)[0].isnan().all()
+
+
+PARTS = ("bias", "multiplier", "residual", "scale", "norm")
+
+
+@pytest.mark.parametrize("chosen", list(itertools.product([False, True], repeat=5)), ids=str)
+def test_every_combination_of_parts(chosen, device):
+    parts: dict[str, Any] = dict(zip(PARTS, chosen, strict=True))
+    parts["scale"] = -0.75 if parts["scale"] else 1.0
+    parts["norm"] = torch.float32 if parts["norm"] else None
+    for M in (1, 17):
+        problem(device, M, (20,), 48, torch.bfloat16, **parts).check()
+        problem(device, M, (20, 20), 48, torch.bfloat16, gated=True, **parts).check()
+
+
+@pytest.mark.parametrize("K", [1, 7, 127, 1030])
+@pytest.mark.parametrize("N", [1, 5, 67])
+@pytest.mark.parametrize("M", [1, 2, 4, 19])
+def test_odd_sizes(M, N, K, device):
+    parts = {"bias": True, "norm": torch.bfloat16, "norm_offset": 1.0, "residual": True}
+    problem(device, M, (N,), K, torch.bfloat16, **parts).check()
+    problem(device, M, (N, N), K, torch.float16, gated=True, activation="gelu", **parts).check()
+
+
+@pytest.mark.parametrize("M", [2, 6])
+@pytest.mark.parametrize("what", ["input", "weights", "biases", "all", "everything else"])
+def test_any_strides(what, M, device):
+    p = problem(
+        device, M, (24, 24), 40, torch.bfloat16, bias=True, norm=torch.bfloat16, gated=True,
+        multiplier=True, residual=True, activation="silu",
+    )  # fmt: skip
+
+    def strided(t: torch.Tensor) -> torch.Tensor:
+        wide = torch.full([2 * n + 1 for n in t.shape][::-1], float("nan"), dtype=t.dtype)
+        view = wide.to(device).permute(*range(t.dim())[::-1])[(slice(1, None, 2),) * t.dim()]
+        return view.copy_(t)
+
+    if what in ("input", "all"):
+        p.input = strided(p.input)
+    if what in ("weights", "all"):
+        p.weights = [p.weights[0].T.contiguous().T, strided(p.weights[1])]
+    if what in ("biases", "all"):
+        p.biases = [strided(b) for b in p.biases]
+    if what in ("everything else", "all"):
+        for name in ("norm_weight", "multiplier", "residual"):
+            p.options[name] = strided(p.options[name])
+    p.check()
+
+
+def padded(t: torch.Tensor) -> torch.Tensor:
+    """The same matrix with NaN behind the end of each row, which a kernel must not read."""
+    wide = torch.full((t.shape[0], t.shape[1] + 64), float("nan"), dtype=t.dtype, device=t.device)
+    return wide[:, : t.shape[1]].copy_(t)
+
+
+@pytest.mark.parametrize("M", [2, 6])
+@pytest.mark.parametrize("shape", ["()", "(24,)", "(1, 24)", "(M, 1)", "(1, 1)"])
+def test_operands_broadcast(shape, M, device):
+    p = problem(device, M, (24,), 40, torch.float32)
+    shape = eval(shape, {"M": M})
+    p.options |= {"multiplier": torch.randn(shape, device=device)}
+    p.check()
+    p.options |= {"residual": torch.randn(shape, device=device).double().half()}
+    p.check()
+
+
+@pytest.mark.parametrize("M", [0, 2, 3])
+@pytest.mark.parametrize("columns", [(8,), (8, 0, 4), (0,), (8, 8)], ids=str)
+@pytest.mark.parametrize("K", [0, 16])
+def test_zero_sizes(K, columns, M, device):
+    gated = columns == (8, 8)
+    p = problem(device, M, columns, K, torch.float32, bias=True, norm=torch.float32, gated=gated)
+    if K == 0:
+        p.input, p.options["norm_eps"] = p.input.new_zeros(M, 0), 1.0
+    outs = p.run()
+    p.options.pop("norm_weight" if K == 0 else "", None)
+    for out, exact in zip(outs, p.reference(torch.float64), strict=True):
+        torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+def test_norm_of_a_row_that_is_read_in_parts(device):
+    problem(device, 3, (2,), 70000, torch.bfloat16, norm=torch.bfloat16, norm_offset=1.0).check()
+
+
+def test_five_weights(device):
+    problem(
+        device, 2, (8, 24, 8, 40, 16), 64, torch.bfloat16, bias=True, norm=torch.float32
+    ).check()
+
+
+@pytest.mark.parametrize("M", [2, 19])
+def test_repeats_bitwise(M, device):
+    p = problem(
+        device, M, (40, 40), 700, torch.bfloat16, norm=torch.bfloat16, gated=True, residual=True
+    )
+    first = p.run()[0]
+    assert all(torch.equal(first, p.run()[0]) for _ in range(3))
+
+
+def test_does_not_touch_its_operands(device):
+    p = problem(
+        device, 2, (40, 40), 64, torch.bfloat16, norm=torch.bfloat16, gated=True, bias=True,
+        multiplier=True, residual=True,
+    )  # fmt: skip
+    tensors = [p.input, *p.weights, *p.biases]
+    tensors += [v for v in p.options.values() if isinstance(v, torch.Tensor)]
+    before = [t.clone() for t in tensors]
+    out = p.run()[0]
+    assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
+    assert all(out.data_ptr() != t.data_ptr() for t in tensors)
+
+
+@pytest.mark.parametrize("M", [2, 5])
+def test_opcheck(M, device):
+    utils = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    p = problem(device, M, (16, 24), 32, torch.float32, bias=True, norm=torch.float32)
+    opcheck(ours.linear_fused.default, (p.input, p.weights, p.biases), p.options, test_utils=utils)
+    p = problem(device, M, (16, 16), 32, torch.float32, gated=True, residual=True, scale=2.0)
+    opcheck(ours.linear_fused.default, (p.input, p.weights, p.biases), p.options, test_utils=utils)
+
+
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+def test_gradients(gated, device):
+    p = problem(
+        device, 3, (8, 8) if gated else (8,), 16, torch.float32, bias=True, norm=torch.float32,
+        multiplier=True, residual=True, gated=gated, activation="gelu_tanh", scale=0.5,
+    )  # fmt: skip
+    named = {k: v for k, v in p.options.items() if isinstance(v, torch.Tensor)}
+    leaves = [p.input, *p.weights, *p.biases, *named.values()]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    actual = torch.autograd.grad(p.run()[0].sin().sum(), leaves)
+    expected = torch.autograd.grad(p.reference(torch.float64)[0].sin().sum(), leaves)
+    for ours_, right in zip(actual, expected, strict=True):
+        torch.testing.assert_close(ours_, right, rtol=1e-4, atol=1e-4)
+
+
+BAD = [
+    ({"activation": "swish"}, "unknown activation 'swish'; known are none, relu"),
+    ({"weights": []}, "no weights"),
+    ({"weights": [(8, 15)]}, r"\[4, 16\] and \[15, 8\] do not multiply"),
+    ({"gated": True}, "gated takes two weights"),
+    ({"weights": [(8, 16), (9, 16)], "gated": True}, r"gated takes two weights.*\[8, 9\]"),
+    ({"biases": [(9,)]}, r"biases of those lengths.*\[\[9\]\]"),
+    ({"biases": [(8,), (8,)]}, "biases of those lengths"),
+    ({"norm_weight": (15,)}, r"norm_weight \[15\] does not fit the input's 16 columns"),
+    ({"weights": [(8, 16), (8, 16)], "residual": (4, 8)}, "single output"),
+    ({"weights": [(8, 16), (8, 16)], "scale": 2.0}, "single output"),
+    ({"residual": (3, 8)}, r"expand"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD, ids=[str(c) for c, _ in BAD])
+def test_refuses_by_name(changes, message, device):
+    def tensors(shapes: Any) -> Any:
+        if isinstance(shapes, list):
+            return [torch.randn(s, device=device) for s in shapes]
+        return torch.randn(shapes, device=device) if isinstance(shapes, tuple) else shapes
+
+    changes = {k: tensors(v) for k, v in changes.items()}
+    weights = changes.pop("weights", [torch.randn(8, 16, device=device)])
+    biases = changes.pop("biases", [])
+    x = torch.randn(4, 16, device=device)
+    with pytest.raises(RuntimeError, match=message):
+        ours.linear_fused(x, weights, biases, **changes)
+
+
+def test_refuses_other_dtypes(device):
+    x, w = torch.ones(2, 8, device=device), torch.ones(4, 8, device=device)
+    with pytest.raises(UnsupportedProblemError, match=r"triton_only\.linear_fused.*bfloat16.*cast"):
+        ours.linear_fused(x, [w.bfloat16()], [])
+    with pytest.raises(RuntimeError, match=r"residual is torch.float64; cast it"):
+        ours.linear_fused(x, [w], [], residual=torch.ones(2, 4, device=device).double())
+
+
+# The kernels, with configurations that the interpreter would not be given
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4])
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+def test_gemv_in_small_blocks(gated, rows, device):
+    from triton_only_backend.kernels.epilogue import Epilogue
+    from triton_only_backend.kernels.linear_configs import GemvConfig
+    from triton_only_backend.kernels.linear_gemv import linear_gemv
+    from triton_only_backend.kernels.rms_norm import Norm
+
+    columns = (40, 40) if gated else (40, 8, 24)
+    p = problem(
+        device, rows, columns, 200, torch.bfloat16, norm=torch.float32, norm_offset=1.0,
+        bias=True, gated=gated, activation="silu",
+    )  # fmt: skip
+    p.input, p.weights = padded(p.input), [padded(w) for w in p.weights]
+    for prefetch in (0, 2):
+        outs = [torch.full((rows, n), float("nan"), device=device).bfloat16() for n in columns]
+        outs = outs[:1] if gated else outs
+        linear_gemv(
+            p.input, p.weights, p.biases, outs,
+            config=GemvConfig(16, 64, 4, 3, prefetch),
+            norm=Norm(p.options["norm_weight"], EPS, 1.0),
+            gated=gated, epilogue=Epilogue("silu"),
+        )  # fmt: skip
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Problem, "run", lambda _, outs=outs: outs)
+            p.check()
+
+
+@pytest.mark.parametrize("M", [3, 16, 40])
+@pytest.mark.parametrize("normed", [False, True], ids=["bare", "normed"])
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize("swap", [False, True], ids=["straight", "swapped"])
+def test_skinny_linear(swap, gated, normed, M, device):
+    from triton_only_backend.kernels.epilogue import Epilogue
+    from triton_only_backend.kernels.linear_configs import SkinnyConfig
+    from triton_only_backend.kernels.rms_norm import Norm
+    from triton_only_backend.kernels.skinny_linear import skinny_linear
+
+    for columns in ((40, 40),) if gated else ((40, 8, 24), (33,)):
+        p = problem(
+            device, M, columns, 152, torch.bfloat16, norm=torch.bfloat16 if normed else None,
+            bias=True, gated=gated, residual=gated, activation="silu",
+        )  # fmt: skip
+        p.input, p.weights = padded(p.input), [padded(w) for w in p.weights]
+        outs = [torch.full((M, n), float("nan"), device=device).bfloat16() for n in columns]
+        outs = outs[:1] if gated else outs
+        norm = Norm(p.options["norm_weight"], EPS, 0.0) if normed else None
+        skinny_linear(
+            p.input, p.weights, p.biases, outs,
+            config=SkinnyConfig(64, 32, 64, 4, 3, swap), norm=norm, gated=gated,
+            epilogue=Epilogue("silu", residual=p.options.get("residual")),
+        )  # fmt: skip
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Problem, "run", lambda _, outs=outs: outs)
+            p.check()
+
+
+@pytest.mark.parametrize("M", [5, 40])
+@pytest.mark.parametrize("swap", [False, True], ids=["straight", "swapped"])
+@pytest.mark.parametrize("tma", [False, True], ids=["pointers", "descriptors"])
+def test_gated_gemm(tma, swap, M, device):
+    from triton_only_backend.kernels.epilogue import Epilogue
+    from triton_only_backend.kernels.gated_gemm import gated_gemm
+    from triton_only_backend.kernels.linear_configs import GatedConfig
+
+    config = GatedConfig(tma, 16, 32, 32, 2, 4, 3, swap)
+    for dtype, N in ((torch.bfloat16, 72), (torch.float16, 33)):
+        p = problem(
+            device, M, (N, N), 152, dtype, bias=N == 33, residual=True, multiplier=True,
+            scale=2.0, gated=True, activation="gelu_tanh",
+        )  # fmt: skip
+        o = p.options
+        p.input, p.weights = padded(p.input), [padded(w) for w in p.weights]
+        out = torch.full((M, N), float("nan"), device=device, dtype=dtype)
+        epilogue = Epilogue("gelu_tanh", o["multiplier"], 2.0, o["residual"])
+        gated_gemm(p.input, p.weights, p.biases, out, config=config, epilogue=epilogue)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Problem, "run", lambda _, out=out: [out])
+            p.check()
+
+
+@pytest.mark.parametrize("kernel", ["gemm", "gemm_tma", "gemv"])
+@pytest.mark.parametrize("swap", [False, True], ids=["straight", "swapped"])
+@pytest.mark.parametrize("split_k", [1, 3])
+def test_epilogue_in_every_product_kernel(split_k, swap, kernel, device):
+    from triton_only_backend.kernels.epilogue import Epilogue
+    from triton_only_backend.kernels.gemm import gemm
+    from triton_only_backend.kernels.gemm_configs import GemmConfig
+    from triton_only_backend.kernels.gemm_tma import gemm_tma
+    from triton_only_backend.kernels.gemv import gemv
+
+    M, N, K = (40, 2, 136) if swap else (2, 40, 136)
+    p = problem(
+        device, M, (N,), K, torch.bfloat16, bias=True, multiplier=True, residual=True,
+        scale=0.5, activation="silu",
+    )  # fmt: skip
+    o = p.options
+    epilogue = Epilogue("silu", o["multiplier"], 0.5, o["residual"])
+    a, b, bias = p.input, p.weights[0].T, p.biases[0].expand(M, N)
+    config = GemmConfig(kernel, 16, 32, 32, split_k, 4, 4, 2, swap_operands=swap)  # type: ignore[arg-type]
+    out = torch.full((M, N), float("nan"), device=device, dtype=a.dtype)
+    common: dict[str, Any] = {"alpha": 1.0, "beta": 1.0, "epilogue": epilogue}
+    if kernel == "gemm_tma":
+        for halves in (False, True):
+            config = replace(config, store_halves=halves)
+            gemm_tma(a, b, bias, out, config=config, num_sms=3, **common)
+    elif kernel == "gemm":
+        gemm(a[None], b[None], bias[None], out[None], config=config, precision="ieee", **common)
+    else:
+        gemv(a[None], b[None], bias[None], out[None], config=config, **common)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Problem, "run", lambda _: [out])
+        p.check()
