@@ -1,0 +1,190 @@
+"""Schema, fake kernel and implementation of a decoding step's attention with its cache write."""
+
+from __future__ import annotations
+
+import torch
+
+from triton_only_backend.errors import UnsupportedProblemError
+from triton_only_backend.kernels.limits import DTYPES, MAX_HEAD_DIM
+from triton_only_backend.kernels.loading import load
+
+Tensor = torch.Tensor
+
+KINDS = ("half", "interleaved", "none")
+SCHEMAS = (
+    "attention_rope_cache(Tensor query, Tensor key, Tensor value, Tensor? cos, Tensor? sin, "
+    "Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor positions, Tensor? attn_mask=None, *, "
+    'str rope="half", bool is_causal=False, float? scale=None) -> Tensor',
+)
+
+
+def _check(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    positions: Tensor,
+    attn_mask: Tensor | None,
+    rope: str,
+) -> None:
+    """Refuses what the kernels do not cover.
+
+    Raises:
+        UnsupportedProblemError: naming the arguments, their dtypes and shapes, and a remedy.
+    """
+
+    def require(condition: bool, what: str, remedy: str) -> None:
+        if not condition:
+            named = {"query": query, "key": key, "value": value, "cos": cos, "sin": sin}
+            named |= {"key_cache": key_cache, "value_cache": value_cache}
+            named |= {"positions": positions, "attn_mask": attn_mask}
+            shapes = ", ".join(
+                f"{name} {t.dtype}{list(t.shape)}" for name, t in named.items() if t is not None
+            )
+            raise UnsupportedProblemError(
+                f"triton_only.attention_rope_cache({shapes}, rope={rope!r}): {what}; {remedy}"
+            )
+
+    states = (query, key, value, key_cache, value_cache)
+    require(all(t.dim() == 4 for t in states), "four dimensions are needed", "reshape them")
+    batch, heads, _, dim = query.shape
+    kv_heads, dim_v = key.shape[1], value.shape[3]
+    require(
+        query.dtype in DTYPES and all(t.dtype == query.dtype for t in states),
+        "query, key, value and caches must share one dtype of float16, bfloat16, float32",
+        "cast them",
+    )
+    require(
+        dim <= MAX_HEAD_DIM and dim_v <= MAX_HEAD_DIM,
+        f"head dimensions over {MAX_HEAD_DIM}",
+        "write rotation, cache update and attention apart",
+    )
+    require(
+        query.shape[2] == 1 and key.shape[2] == 1 and value.shape[2] == 1,
+        "query, key and value must hold one position each",
+        "for more, write rotation, cache update and attention apart",
+    )
+    require(
+        key.shape == (batch, kv_heads, 1, dim) and value.shape == (batch, kv_heads, 1, dim_v),
+        "key must be (B, H_kv, 1, D) and value (B, H_kv, 1, D_v)",
+        "expand or reshape them",
+    )
+    require(
+        kv_heads > 0 and heads % kv_heads == 0,
+        f"{heads} query heads cannot share {kv_heads} key heads evenly",
+        "repeat the key and value heads",
+    )
+    length = key_cache.shape[2]
+    require(
+        key_cache.shape == (batch, kv_heads, length, dim)
+        and value_cache.shape == (batch, kv_heads, length, dim_v),
+        "the caches must be (B, H_kv, S, D) and (B, H_kv, S, D_v)",
+        "slice them to the batch",
+    )
+    require(
+        positions.dtype in (torch.int64, torch.int32)
+        and (positions.shape in ((1,), (batch,), (1, 1), (batch, 1))),
+        "positions must be integers of shape (1,), (B,) or (B, 1)",
+        "reshape or cast them",
+    )
+    require(rope in KINDS, f"unknown rope, must be one of {KINDS}", "choose one of them")
+    require(
+        (cos is None and sin is None) if rope == "none" else cos is not None and sin is not None,
+        'cos and sin must both be given, or neither for rope="none"',
+        "pass both or rope='none'",
+    )
+    if cos is not None and sin is not None:
+        width = cos.shape[-1] if cos.dim() else 0
+        rotary = width if rope == "half" else 2 * width
+        require(
+            all(
+                t.is_floating_point()
+                and t.dtype != torch.float64
+                and 1 <= t.dim() <= 4
+                and t.shape[-1] == width
+                and all(size == 1 for size in t.shape[1:-1])
+                and (t.dim() <= 2 or t.shape[0] in (1, batch))
+                and (t.dim() != 2 or t.shape[0] == 1)
+                for t in (cos, sin)
+            ),
+            "cos and sin must be fp32, fp16 or bf16 of one width, (R,), (1, R) or (B or 1, 1, R)",
+            "reshape or cast them",
+        )
+        require(
+            0 < rotary <= dim and rotary % 2 == 0,
+            f"a rotary width of {rotary} does not suit head dimension {dim}",
+            "an even width of at most the head dimension is needed",
+        )
+    if attn_mask is not None:
+        require(
+            attn_mask.dtype == torch.bool or attn_mask.is_floating_point(),
+            f"a {attn_mask.dtype} mask",
+            "pass a boolean or float mask",
+        )
+        full = (batch, heads, 1, length)
+        require(
+            attn_mask.dim() <= 4
+            and all(
+                size in (1, wanted)
+                for size, wanted in zip(reversed(attn_mask.shape), reversed(full), strict=False)
+            ),
+            f"the mask does not broadcast to {list(full)}",
+            "reshape it",
+        )
+
+
+def _empty_output(query: Tensor, value: Tensor) -> Tensor:
+    """(B, H, 1, D_v), laid out (B, 1, H, D_v): merging the heads next is a view."""
+    batch, heads = query.shape[:2]
+    return query.new_empty((batch, 1, heads, value.shape[3])).transpose(1, 2)
+
+
+def _attention_rope_cache(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    positions: Tensor,
+    attn_mask: Tensor | None = None,
+    *,
+    rope: str = "half",
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> Tensor:
+    _check(query, key, value, cos, sin, key_cache, value_cache, positions, attn_mask, rope)
+    out = _empty_output(query, value)
+    load("rope_cache_attention").attention_rope_cache(
+        query, key, value, cos, sin, key_cache, value_cache, positions, attn_mask, out,
+        rope=rope, is_causal=is_causal, scale=scale,
+    )  # fmt: skip
+    return out
+
+
+def _fake_attention_rope_cache(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    positions: Tensor,
+    attn_mask: Tensor | None = None,
+    *,
+    rope: str = "half",
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> Tensor:
+    _check(query, key, value, cos, sin, key_cache, value_cache, positions, attn_mask, rope)
+    return _empty_output(query, value)
+
+
+IMPLEMENTATIONS = {
+    "attention_rope_cache": (_attention_rope_cache, _fake_attention_rope_cache),
+}
