@@ -11,13 +11,17 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from triton_only_backend.kernels import tuned
+
 if TYPE_CHECKING:
     from triton_only_backend.kernels.hardware import Hardware
 
 # More packed query rows than this are left to the kernel that tiles the queries.
 MAX_DECODE_ROWS = 64
 # A split shorter than this costs more to launch and combine than it saves.
-MIN_SPLIT_KEYS = 128
+MIN_SPLIT_KEYS = 32
+# Keys and values of this many bytes are read about as fast as splits of them are combined.
+SMALL_CACHE_BYTES = 16 << 20
 # Bounds the workspace and the work of the combining kernel.
 MAX_SPLITS = 128
 
@@ -36,6 +40,24 @@ class AttentionProblem:
     element_size: int
     is_causal: bool
     has_mask: bool
+    has_dropout: bool = False
+    has_softcap: bool = False
+    has_window: bool = False
+
+    def bucketed(self) -> AttentionProblem:
+        """Batch and lengths rounded up to powers of two: problems near each other, tuned as one."""
+        batch, len_q, len_kv = map(next_power_of_2, (self.batch, self.len_q, self.len_kv))
+        return replace(self, batch=batch, len_q=len_q, len_kv=len_kv)
+
+    @property
+    def has_modifiers(self) -> bool:
+        """Whether there is more to it than attention and a mask: it is not tuned."""
+        return self.has_dropout or self.has_softcap or self.has_window
+
+    @property
+    def has_second_tile(self) -> bool:
+        """Whether a tile of a mask or of random words stands beside each tile of scores."""
+        return self.has_mask or self.has_dropout
 
     @property
     def group_size(self) -> int:
@@ -69,7 +91,11 @@ class FlashConfig:
 
 @dataclass(frozen=True)
 class DecodeConfig:
-    """Blocks of `decode_attention`; `block_g` rows are packed, `combine_rows` rows a combine."""
+    """Blocks of `decode_attention`; `block_g` rows are packed, `combine_rows` rows a combine.
+
+    `prefetch` tiles of a split's keys and values are on their way to the L2 cache while the kernel
+    waits for the one before it, and for the mask that says which of them are needed (NVIDIA).
+    """
 
     block_n: int
     num_splits: int
@@ -77,6 +103,7 @@ class DecodeConfig:
     num_stages: int
     block_g: int
     combine_rows: int = 1
+    prefetch: int = 0
 
 
 @dataclass(frozen=True)
@@ -115,7 +142,12 @@ def without_tma(config: FlashConfig, width: int) -> FlashConfig:
 
 
 def uses_decode_kernel(problem: AttentionProblem) -> bool:
-    """Whether `decode_attention` runs the problem: few packed query rows, more keys than that."""
+    """Whether `decode_attention` runs the problem: few packed query rows, more keys than that.
+
+    It has no dropout, which belongs to training.
+    """
+    if problem.has_dropout:
+        return False
     rows = problem.len_q * problem.group_size
     return rows <= MAX_DECODE_ROWS and (rows <= 16 or problem.len_kv >= 4 * problem.len_q)
 
@@ -127,7 +159,7 @@ def flash_shared_memory(problem: AttentionProblem, config: FlashConfig, hardware
     the query stays in registers and a stage less is buffered, the query tile.
     """
     keys_values = config.block_n * (problem.block_d + problem.block_dv)
-    mask = config.block_m * config.block_n if problem.has_mask else 0
+    mask = config.block_m * config.block_n if problem.has_second_tile else 0
     if hardware.backend == "hip":
         return (max(1, config.num_stages - 1) * keys_values + mask) * problem.element_size
     query = config.block_m * problem.block_d
@@ -150,7 +182,19 @@ def flash_candidates(problem: AttentionProblem, hardware: Hardware) -> tuple[Fla
 
 
 def select_flash_config(problem: AttentionProblem, hardware: Hardware) -> FlashConfig:
-    """The configuration of `flash_attention` for a problem."""
+    """The configuration of `flash_attention` for a problem: what was measured best, or else."""
+    return tuned.select(
+        "flash_attention", problem, hardware, FlashConfig, flash_fits, heuristic_flash_config
+    )
+
+
+def flash_fits(problem: AttentionProblem, config: FlashConfig, hardware: Hardware) -> bool:
+    """Whether a configuration's tiles fit the shared memory."""
+    return flash_shared_memory(problem, config, hardware) <= hardware.shared_memory
+
+
+def heuristic_flash_config(problem: AttentionProblem, hardware: Hardware) -> FlashConfig:
+    """The first candidate."""
     return flash_candidates(problem, hardware)[0]
 
 
@@ -167,10 +211,10 @@ def _flash_preferences(problem: AttentionProblem, hardware: Hardware) -> tuple[F
     if hardware.has_wgmma:
         return _flash_preferences_hopper(problem, hardware, width)
     if width <= 64:
-        stages = 2 if problem.has_mask else 3
+        stages = 2 if problem.has_second_tile else 3
         return (FlashConfig(128, 64, 8, stages), FlashConfig(128, 32, 8, 2))
     if width <= 128:
-        wide = () if problem.has_mask else (FlashConfig(128, 64, 8, 2),)
+        wide = () if problem.has_second_tile else (FlashConfig(128, 64, 8, 2),)
         return (*wide, FlashConfig(128, 32, 8, 3), FlashConfig(128, 32, 8, 2))
     return (FlashConfig(64, 32, 8, 2), FlashConfig(32, 32, 8, 2), FlashConfig(32, 16, 4, 1))
 
@@ -180,12 +224,12 @@ def _flash_preferences_hopper(
 ) -> tuple[FlashConfig, ...]:
     if width > 128:
         tiles = -(-problem.len_q // 128) * problem.batch * problem.num_heads
-        if problem.has_mask or tiles < hardware.num_sms:
+        if problem.has_second_tile or tiles < hardware.num_sms:
             return (FlashConfig(64, 64, 8, 2, tma=True),)
         return (FlashConfig(128, 64, 8, 2, tma=True), FlashConfig(64, 64, 8, 2, tma=True))
     # Measured on an H200, D = 128, bf16: two programs of 64 rows a multiprocessor overlap one's
     # softmax with the other's products; 413 TFLOP/s at 2048 causal where 128 × 128 reaches 341.
-    deeper = () if problem.has_mask else (FlashConfig(64, 64, 4, 3, tma=True),)
+    deeper = () if problem.has_second_tile else (FlashConfig(64, 64, 4, 3, tma=True),)
     return (*deeper, FlashConfig(64, 64, 4, 2, tma=True))
 
 
@@ -201,7 +245,19 @@ def _flash_preferences_fp32(width: int, hardware: Hardware) -> tuple[FlashConfig
 
 
 def select_decode_config(problem: AttentionProblem, hardware: Hardware) -> DecodeConfig:
-    """The configuration of `decode_attention` for a problem.
+    """The configuration of `decode_attention` for a problem: what was measured best, or else."""
+    return tuned.select(
+        "decode_attention", problem, hardware, DecodeConfig, decode_fits, heuristic_decode_config
+    )
+
+
+def decode_fits(problem: AttentionProblem, config: DecodeConfig, hardware: Hardware) -> bool:
+    """Whether a configuration's tiles fit the shared memory."""
+    return decode_shared_memory(problem, config, hardware) <= hardware.shared_memory
+
+
+def heuristic_decode_config(problem: AttentionProblem, hardware: Hardware) -> DecodeConfig:
+    """The configuration that the sizes suggest.
 
     The number of splits follows from the sizes alone, so that a captured CUDA graph stays right.
     """
@@ -215,11 +271,19 @@ def select_decode_config(problem: AttentionProblem, hardware: Hardware) -> Decod
         return DecodeConfig(block_n, 1, 4, 1, block_g, combine_rows=64)
     block_g = min(block_g, most_rows)
     num_warps = 8 if block_g * width > 32 * 128 or problem.element_size == 4 else 4
-    programs = problem.batch * problem.num_kv_heads * -(-rows // block_g)
-    wanted = -(-2 * hardware.num_sms // max(1, programs))
+    groups = max(1, problem.batch * problem.num_kv_heads * -(-rows // block_g))
+    key_bytes = (problem.head_dim + problem.head_dim_v) * problem.element_size
+    # Two programs a multiprocessor hide each other's latencies, but more splits cost more to
+    # combine: where there is little to read, one.
+    a_multiprocessor = 1 if groups * problem.len_kv * key_bytes <= SMALL_CACHE_BYTES else 2
+    wanted = a_multiprocessor * hardware.num_sms // groups
     num_splits = max(1, min(wanted, MAX_SPLITS, problem.len_kv // MIN_SPLIT_KEYS))
-    tiles = ((64, 3), (64, 2), (32, 3), (32, 2), (32, 1), (16, 1))
-    for block_n, num_stages in tiles[2:] if problem.element_size == 4 else tiles:
+    tiles: tuple[tuple[int, int], ...] = ((32, 3), (32, 2), (32, 1), (16, 1))
+    if problem.element_size < 4:
+        # Few keys a split: finer tiles, so that all of them are on their way at once.
+        few_keys = problem.len_kv < 128 * num_splits
+        tiles = ((32, 4), *tiles) if few_keys else ((64, 3), (64, 2), *tiles)
+    for block_n, num_stages in tiles:
         config = DecodeConfig(block_n, num_splits, num_warps, num_stages, block_g)
         if decode_shared_memory(problem, config, hardware) <= hardware.shared_memory:
             return config
@@ -283,16 +347,18 @@ def _backward_preferences(
         return (two_stages, replace(two_stages, num_stages=1), last)
     if hardware.has_wgmma:
         if width <= 64:
-            block_n2 = 64 if problem.has_mask else 128
+            block_n2 = 64 if problem.has_second_tile else 128
             return (BackwardConfig(64, 128, 128, block_n2, 8, 2, tma=True), last)
         if width <= 128:
-            return (BackwardConfig(32, 128, 128, 64, 8, 2, tma=True), last)
+            # Dropout's random words beside 64 keys spilled 16 bytes (triton 3.6).
+            block_n2 = 32 if problem.has_dropout else 64
+            return (BackwardConfig(32, 128, 128, block_n2, 8, 2, tma=True), last)
         return (BackwardConfig(32, 64, 64, 32, 8, 2, tma=True), last)
     if width <= 64:
         if is_hip:
             return (BackwardConfig(32, 64, 64, 32, 4, 2), last)
         # A second stage beside a mask spilled 48 bytes on sm80.
-        return (BackwardConfig(32, 128, 128, 32, 8, 1 if problem.has_mask else 2), last)
+        return (BackwardConfig(32, 128, 128, 32, 8, 1 if problem.has_second_tile else 2), last)
     if width <= 128:
         return (BackwardConfig(32, 64, 64, 32, 8, 2), BackwardConfig(16, 64, 64, 16, 8, 1), last)
     return (BackwardConfig(16, 64, 64, 16, 8, 1), BackwardConfig(16, 32, 32, 16, 4, 1), last)

@@ -10,16 +10,33 @@ from triton_only_backend.kernels.loading import load
 
 Tensor = torch.Tensor
 
-_ARGUMENTS = (
-    "Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, *, "
-    "bool is_causal=False, float? scale=None, bool enable_gqa=False"
+_OPTIONS = (
+    "bool is_causal=False, float? scale=None, bool enable_gqa=False, float softcap=0.0, "
+    "int window_left=-1, int window_right=-1, float dropout_p=0.0, bool contiguous=False"
 )
+_ARGUMENTS = (
+    "Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, Tensor? seed=None, *, "
+) + _OPTIONS
+_PACKED_OPTIONS = (
+    "bool is_causal=False, float? scale=None, float softcap=0.0, "
+    "int window_left=-1, int window_right=-1, float dropout_p=0.0"
+)
+_PACKED = (
+    "Tensor query, Tensor key, Tensor value, Tensor cu_seqlens_q, Tensor cu_seqlens_k, "
+    "SymInt max_q, SymInt max_k"
+)
+_GRADIENTS = "(Tensor grad_query, Tensor grad_key, Tensor grad_value)"
 SCHEMAS = (
     f"attention({_ARGUMENTS}) -> Tensor",
     f"attention_forward({_ARGUMENTS}) -> (Tensor output, Tensor logsumexp)",
     "attention_backward(Tensor grad_output, Tensor query, Tensor key, Tensor value, "
-    "Tensor? attn_mask, Tensor output, Tensor logsumexp, *, bool is_causal=False, "
-    "float? scale=None, bool enable_gqa=False) -> (Tensor, Tensor, Tensor)",
+    "Tensor? attn_mask, Tensor output, Tensor logsumexp, Tensor? seed=None, *, "
+    f"{_OPTIONS}) -> {_GRADIENTS}",
+    f"attention_varlen({_PACKED}, Tensor? seed=None, *, {_PACKED_OPTIONS}) -> Tensor",
+    f"attention_varlen_forward({_PACKED}, Tensor? seed=None, *, {_PACKED_OPTIONS}) "
+    "-> (Tensor output, Tensor logsumexp)",
+    f"attention_varlen_backward(Tensor grad_output, {_PACKED}, Tensor output, Tensor logsumexp, "
+    f"Tensor? seed=None, *, {_PACKED_OPTIONS}) -> {_GRADIENTS}",
 )
 
 
@@ -28,20 +45,12 @@ def _attention(
     key: Tensor,
     value: Tensor,
     attn_mask: Tensor | None = None,
-    *,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
+    seed: Tensor | None = None,
+    **options: Any,
 ) -> Tensor:
-    output: Tensor = load("sdpa").forward(
-        query,
-        key,
-        value,
-        attn_mask,
-        is_causal=is_causal,
-        scale=scale,
-        enable_gqa=enable_gqa,
-        with_logsumexp=False,
+    sdpa = load("sdpa")
+    output: Tensor = sdpa.forward(
+        query, key, value, attn_mask, seed, sdpa.Options(**options), with_logsumexp=False
     )[0]
     return output
 
@@ -51,23 +60,14 @@ def _attention_forward(
     key: Tensor,
     value: Tensor,
     attn_mask: Tensor | None = None,
-    *,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
+    seed: Tensor | None = None,
+    **options: Any,
 ) -> tuple[Tensor, Tensor]:
-    output, logsumexp = load("sdpa").forward(
-        query,
-        key,
-        value,
-        attn_mask,
-        is_causal=is_causal,
-        scale=scale,
-        enable_gqa=enable_gqa,
-        with_logsumexp=True,
+    sdpa = load("sdpa")
+    pair: tuple[Tensor, Tensor] = sdpa.forward(
+        query, key, value, attn_mask, seed, sdpa.Options(**options), with_logsumexp=True
     )
-    assert logsumexp is not None
-    return output, logsumexp
+    return pair
 
 
 def _attention_backward(
@@ -78,24 +78,14 @@ def _attention_backward(
     attn_mask: Tensor | None,
     output: Tensor,
     logsumexp: Tensor,
-    *,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
+    seed: Tensor | None = None,
+    **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    gradients_: tuple[Tensor, Tensor, Tensor] = load("sdpa").backward(
-        grad_output,
-        query,
-        key,
-        value,
-        attn_mask,
-        output,
-        logsumexp,
-        is_causal=is_causal,
-        scale=scale,
-        enable_gqa=enable_gqa,
+    sdpa = load("sdpa")
+    gradients: tuple[Tensor, Tensor, Tensor] = sdpa.backward(
+        grad_output, query, key, value, attn_mask, output, logsumexp, seed, sdpa.Options(**options)
     )
-    return gradients_
+    return gradients
 
 
 def _fake_attention_forward(
@@ -103,19 +93,19 @@ def _fake_attention_forward(
     key: Tensor,
     value: Tensor,
     attn_mask: Tensor | None = None,
-    *,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
+    seed: Tensor | None = None,
+    **options: Any,
 ) -> tuple[Tensor, Tensor]:
-    load("sdpa").check(query, key, value, attn_mask)
-    lead = load("sdpa").operands(query, key, value, attn_mask, enable_gqa).lead
-    output = load("sdpa").empty_output(query, lead, value.shape[-1])
-    return output, load("sdpa").empty_logsumexp(query, lead)
+    sdpa = load("sdpa")
+    chosen = sdpa.Options(**options)
+    sdpa.check(query, key, value, attn_mask, seed, chosen)
+    lead = sdpa.operands(query, key, value, attn_mask, chosen.enable_gqa).lead
+    output = sdpa.empty_output(query, lead, value.shape[-1], chosen.contiguous)
+    return output, sdpa.empty_logsumexp(query, lead)
 
 
-def _fake_attention(*args: Any, **kwargs: Any) -> Tensor:
-    return _fake_attention_forward(*args, **kwargs)[0]
+def _fake_attention(*args: Any, **options: Any) -> Tensor:
+    return _fake_attention_forward(*args, **options)[0]
 
 
 def _fake_attention_backward(
@@ -124,8 +114,38 @@ def _fake_attention_backward(
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
 
+def _varlen(*args: Any, **options: Any) -> Tensor:
+    output: Tensor = load("varlen").forward(*args, **options, with_logsumexp=False)[0]
+    return output
+
+
+def _varlen_forward(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    pair: tuple[Tensor, Tensor] = load("varlen").forward(*args, **options, with_logsumexp=True)
+    return pair
+
+
+def _varlen_backward(*args: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    gradients: tuple[Tensor, Tensor, Tensor] = load("varlen").backward(*args, **options)
+    return gradients
+
+
+def _fake_varlen_forward(
+    query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any
+) -> tuple[Tensor, Tensor]:
+    module = load("varlen")
+    module.check(query, key, value, *args, **options)
+    return module.empty_output(query, value), module.empty_logsumexp(query)
+
+
+def _fake_varlen(*args: Any, **options: Any) -> Tensor:
+    return _fake_varlen_forward(*args, **options)[0]
+
+
 IMPLEMENTATIONS = {
     "attention": (_attention, _fake_attention),
     "attention_forward": (_attention_forward, _fake_attention_forward),
     "attention_backward": (_attention_backward, _fake_attention_backward),
+    "attention_varlen": (_varlen, _fake_varlen),
+    "attention_varlen_forward": (_varlen_forward, _fake_varlen_forward),
+    "attention_varlen_backward": (_varlen_backward, _fake_attention_backward),
 }

@@ -12,6 +12,9 @@ Layouts: query (B, H, L_q, D), key (B, H_kv, L_kv, D), value (B, H_kv, L_kv, D_v
 that transposed and expanded tensors need no copy; query head h reads KV head h // (H / H_kv).
 Causal masking is aligned to the top left, as in PyTorch: query i sees the keys j <= i.
 
+A window, a soft-cap, dropout and packed sequences are in `attention_modifiers`. Blocks of keys that
+causality, the window or a boolean mask's end hide from all of a tile's queries are not read.
+
 Reference: Dao, "FlashAttention-2: Faster Attention with Better Parallelism and Work Partitioning",
 arXiv:2307.08691.
 """
@@ -25,161 +28,75 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from triton_only_backend.kernels import attention_modifiers
 from triton_only_backend.kernels.attention_configs import next_power_of_2, without_tma
+from triton_only_backend.kernels.attention_tiles import (
+    LN2,
+    LOG2E,
+    add_mask,
+    band,
+    kept_by_dropout,
+    load_rows,
+    load_tile,
+    sequence,
+    tanh,
+    tile_and_head,
+    visible_end,
+)
+from triton_only_backend.kernels.mask_spans import mask_spans, span_of_tile
 
 if TYPE_CHECKING:
     from triton_only_backend.kernels.attention_configs import FlashConfig
-
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
+    from triton_only_backend.kernels.attention_modifiers import Modifiers
 
 # Heads whose keys and values together fit this many bytes run at the same time, so that their
 # query tiles find them in the L2 cache (40 MB on A100, 50 MB on H100 and H200).
 L2_SECTION_BYTES = 16 << 20
-
-
-@triton.jit
-def load_tile(ptrs, rows_valid, columns_valid, EVEN_ROWS: tl.constexpr, EVEN_COLUMNS: tl.constexpr):
-    """A two-dimensional tile, zero outside; no predicate along a dimension that is even."""
-    if EVEN_ROWS and EVEN_COLUMNS:
-        tile = tl.load(ptrs)
-    elif EVEN_ROWS:
-        tile = tl.load(ptrs, mask=columns_valid[None, :], other=0.0)
-    elif EVEN_COLUMNS:
-        tile = tl.load(ptrs, mask=rows_valid[:, None], other=0.0)
-    else:
-        tile = tl.load(ptrs, mask=rows_valid[:, None] & columns_valid[None, :], other=0.0)
-    return tile
-
-
-@triton.jit
-def load_rows(
-    source,
-    b,
-    h,
-    start,
-    rows_valid,
-    columns_valid,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-    USE_TMA: tl.constexpr,
-    EVEN_ROWS: tl.constexpr,
-    EVEN_COLUMNS: tl.constexpr,
-):
-    """A tile of rows from `start`: `source` is a (B, H, L, D) descriptor or the tile's pointers."""
-    if USE_TMA:
-        tile = source.load([b, h, start, 0]).reshape(BLOCK_ROWS, BLOCK_COLUMNS)
-    else:
-        tile = load_tile(source, rows_valid, columns_valid, EVEN_ROWS, EVEN_COLUMNS)
-    return tile
-
-
-@triton.jit
-def tile_and_head(pid, num_tiles, heads, section_heads):
-    """The order of programs: tile by tile through a section of heads, section after section.
-
-    The heads of a section share the L2 cache; the caller puts the tiles with most work first.
-    """
-    section = pid // (num_tiles * section_heads)
-    first_head = section * section_heads
-    heads_here = tl.minimum(heads - first_head, section_heads)
-    within = pid - first_head * num_tiles
-    return within // heads_here, first_head + within % heads_here
-
-
-@triton.jit
-def add_mask(scores, mask_ptrs, valid, MASK_IS_BOOL: tl.constexpr):
-    """Adds a tile of the attention mask to scores that are in units of log2."""
-    if MASK_IS_BOOL:
-        scores += tl.where(tl.load(mask_ptrs, mask=valid, other=0) != 0, 0.0, float("-inf"))
-    else:
-        scores += tl.load(mask_ptrs, mask=valid, other=0.0).to(tl.float32) * LOG2E
-    return scores
-
-
-@triton.jit
-def visible_end(mask_rows, row_valid, stride_mask_n, stop):
-    """One past the last key below `stop` that a boolean mask lets any of these rows see.
-
-    The keys after it are not read: a causal mask, or a static cache that is not full yet, costs by
-    what is visible. Reading a byte of the mask a score is little beside computing the score.
-    """
-    SCAN: tl.constexpr = 128
-    end = tl.zeros((), tl.int32)
-    for start_n in tl.range(0, stop, SCAN):
-        offs_n = start_n + tl.arange(0, SCAN)
-        mask_ptrs = mask_rows[:, None] + offs_n.to(tl.int64)[None, :] * stride_mask_n
-        valid = row_valid[:, None] & (offs_n < stop)[None, :]
-        seen = tl.max(tl.load(mask_ptrs, mask=valid, other=0).to(tl.int32), 0)
-        end = tl.maximum(end, tl.max(tl.where(seen != 0, offs_n + 1, 0), 0))
-    return end
+# Arguments whose value must not decide what is compiled.
+LENGTHS = ("len_q", "len_kv", "section_heads", "window_left", "window_right", "drop_below")
+SMALL_TENSORS = ("seed_ptr", "cu_seqlens_q_ptr", "cu_seqlens_k_ptr")
 
 
 @triton.jit
 def attend_blocks(
-    acc,
-    row_max,
-    row_sum,
-    q,
-    k_source,
-    v_source,
-    b,
-    kv_head,
-    mask_rows,
-    stride_mask_n,
-    row_position,
-    row_valid,
-    start,
-    stop,
-    len_kv,
-    k_step,
-    v_step,
-    qk_scale,
-    d_valid,
-    dv_valid,
-    BLOCK_N: tl.constexpr,
-    CHECK: tl.constexpr,
-    IS_CAUSAL: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    MASK_IS_BOOL: tl.constexpr,
-    EVEN_N: tl.constexpr,
-    EVEN_D: tl.constexpr,
-    EVEN_DV: tl.constexpr,
-    USE_TMA: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    acc, row_max, row_sum, q, k_source, v_source, b, kv_head, mask_rows, stride_mask_n,
+    row_position, row_valid, start, stop, len_kv, k_step, v_step, qk_scale, d_valid, dv_valid,
+    BLOCK_N: tl.constexpr, CHECK: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr,
+    MASK_IS_BOOL: tl.constexpr, EVEN_N: tl.constexpr, EVEN_D: tl.constexpr, EVEN_DV: tl.constexpr,
+    USE_TMA: tl.constexpr, PRECISION: tl.constexpr, left=None, right=None, softcap=None, seed=None,
+    drop_below=None, batch_head=None, n_step=None,
+):  # fmt: skip
     """Folds the keys of [start, stop) into acc, row_max and row_sum.
 
     `k_source` and `v_source` are tensor descriptors (USE_TMA) or the pointers of the tile at start.
-    CHECK says that some of these keys may be hidden by causality or lie beyond the last one.
+    CHECK says that some of these keys may be hidden by causality or by the window `left`, `right`
+    (see `band`), or lie beyond the last one. What is None costs nothing. Tiles start `n_step`
+    keys apart, BLOCK_N where it is None; `k_step` and `v_step` are as far in memory.
     """
     lanes = tl.arange(0, BLOCK_N)
     BLOCK_D: tl.constexpr = q.shape[1]
     BLOCK_DV: tl.constexpr = acc.shape[1]
-    for start_n in tl.range(start, stop, BLOCK_N):
+    for start_n in tl.range(start, stop, BLOCK_N if n_step is None else n_step):
         offs_n = start_n + lanes
         n_valid = offs_n < len_kv
         k = load_rows(
-            k_source,
-            b,
-            kv_head,
-            start_n,
-            n_valid,
-            d_valid,
-            BLOCK_N,
-            BLOCK_D,
-            USE_TMA,
-            EVEN_N or not CHECK,
-            EVEN_D,
-        )
+            k_source, b, kv_head, start_n, n_valid, d_valid, BLOCK_N, BLOCK_D, USE_TMA, EVEN_N or
+            not CHECK, EVEN_D,
+        )  # fmt: skip
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        if CHECK or HAS_MASK:
+        if CHECK or HAS_MASK or softcap is not None:
             scores *= qk_scale
+            if softcap is not None:
+                scores = tanh(scores) * (softcap * LOG2E)
             if HAS_MASK:
                 mask_ptrs = mask_rows[:, None] + offs_n.to(tl.int64)[None, :] * stride_mask_n
                 mask_valid = row_valid[:, None] & n_valid[None, :]
                 scores = add_mask(scores, mask_ptrs, mask_valid, MASK_IS_BOOL)
-            if CHECK and IS_CAUSAL:
+            if CHECK and left is not None:
+                distance = offs_n[None, :] - row_position[:, None]
+                hidden = (distance < left) | (distance > right)
+                scores = tl.where(hidden, float("-inf"), scores)
+            elif CHECK and IS_CAUSAL:
                 hidden = offs_n[None, :] > row_position[:, None]
                 scores = tl.where(hidden, float("-inf"), scores)
             if CHECK and not EVEN_N:
@@ -195,20 +112,16 @@ def attend_blocks(
         alpha = tl.exp2(row_max - shift)
         row_sum = row_sum * alpha + tl.sum(p, 1)
         row_max = new_max
+        if seed is not None:
+            kept = kept_by_dropout(
+                seed, batch_head, row_position, start_n, drop_below, BLOCK_N, False
+            )
+            p = tl.where(kept, p, 0.0)
         acc *= alpha[:, None]
         v = load_rows(
-            v_source,
-            b,
-            kv_head,
-            start_n,
-            n_valid,
-            dv_valid,
-            BLOCK_N,
-            BLOCK_DV,
-            USE_TMA,
-            EVEN_N or not CHECK,
-            EVEN_DV,
-        )
+            v_source, b, kv_head, start_n, n_valid, dv_valid, BLOCK_N, BLOCK_DV, USE_TMA, EVEN_N or
+            not CHECK, EVEN_DV,
+        )  # fmt: skip
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
         if not USE_TMA:
             k_source += k_step
@@ -216,66 +129,35 @@ def attend_blocks(
     return acc, row_max, row_sum
 
 
-@triton.jit(do_not_specialize=["len_q", "len_kv", "section_heads"])
+@triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=SMALL_TENSORS)
 def flash_attention_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    mask_ptr,
-    out_ptr,
-    lse_ptr,
-    stride_qb,
-    stride_qh,
-    stride_qm,
-    stride_qd,
-    stride_kb,
-    stride_kh,
-    stride_kn,
-    stride_kd,
-    stride_vb,
-    stride_vh,
-    stride_vn,
-    stride_vd,
-    stride_mask_b,
-    stride_mask_h,
-    stride_mask_m,
-    stride_mask_n,
-    stride_ob,
-    stride_oh,
-    stride_om,
-    stride_od,
-    stride_lse_b,
-    stride_lse_h,
-    stride_lse_m,
-    scale,
-    batch_heads,
-    num_heads,
-    group_size,
-    len_q,
-    len_kv,
-    head_dim,
-    head_dim_v,
-    section_heads,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    IS_CAUSAL: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    MASK_IS_BOOL: tl.constexpr,
-    HAS_LSE: tl.constexpr,
-    EVEN_N: tl.constexpr,
-    EVEN_D: tl.constexpr,
-    EVEN_DV: tl.constexpr,
-    USE_TMA: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    q_ptr, k_ptr, v_ptr, mask_ptr, out_ptr, lse_ptr, stride_qb, stride_qh, stride_qm, stride_qd,
+    stride_kb, stride_kh, stride_kn, stride_kd, stride_vb, stride_vh, stride_vn, stride_vd,
+    stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n, stride_ob, stride_oh, stride_om,
+    stride_od, stride_lse_b, stride_lse_h, stride_lse_m, scale, batch_heads, num_heads, group_size,
+    len_q, len_kv, head_dim, head_dim_v, section_heads, BLOCK_M: tl.constexpr, BLOCK_N:
+    tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_MASK:
+    tl.constexpr, MASK_IS_BOOL: tl.constexpr, HAS_LSE: tl.constexpr, EVEN_N: tl.constexpr, EVEN_D:
+    tl.constexpr, EVEN_DV: tl.constexpr, USE_TMA: tl.constexpr, PRECISION: tl.constexpr,
+    window_left=None, window_right=None, softcap=None, seed_ptr=None, drop_below=None,
+    keep_scale=None, cu_seqlens_q_ptr=None, cu_seqlens_k_ptr=None,
+    spans_ptr=None, spans_strides=None, SPAN_CHUNKS: tl.constexpr = 1,
+):  # fmt: skip
     num_tiles = tl.cdiv(len_q, BLOCK_M)
     tile, batch_head = tile_and_head(tl.program_id(0), num_tiles, batch_heads, section_heads)
     start_m = (num_tiles - 1 - tile) * BLOCK_M
     b = (batch_head // num_heads).to(tl.int64)
     h = (batch_head % num_heads).to(tl.int64)
     kv_head = h // group_size
+    if cu_seqlens_q_ptr is not None:
+        first_q, len_q = sequence(cu_seqlens_q_ptr, b)
+        first_k, len_kv = sequence(cu_seqlens_k_ptr, b)
+        b *= 0
+        q_ptr += first_q * stride_qm
+        k_ptr += first_k * stride_kn
+        v_ptr += first_k * stride_vn
+        out_ptr += first_q * stride_om
+        lse_ptr += first_q * stride_lse_m
 
     offs_m = start_m + tl.arange(0, BLOCK_M)
     rows = offs_m.to(tl.int64)
@@ -304,91 +186,65 @@ def flash_attention_kernel(
     q = load_tile(q_ptrs, row_valid, d_valid, False, EVEN_D)
     q = tl.where(qk_scale < 0, -q, q)
     qk_scale = tl.abs(qk_scale)
+    if softcap is not None:
+        softcap = tl.full((), softcap, tl.float32)
+        qk_scale = qk_scale / (softcap * LOG2E)
+    seed = None
+    if seed_ptr is not None:
+        seed = tl.load(seed_ptr)
 
     acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
     row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
 
-    if IS_CAUSAL:
+    left = None
+    right = None
+    if window_left is not None:
+        left, right = band(window_left, window_right, len_q, len_kv, IS_CAUSAL)
+        stop = tl.minimum(tl.maximum(start_m + BLOCK_M + right, 0), len_kv)
+        full = tl.minimum(tl.maximum(start_m + left, 0), stop) // BLOCK_N * BLOCK_N
+    elif IS_CAUSAL:
         full = tl.minimum(start_m + 1, len_kv) // BLOCK_N * BLOCK_N
         stop = tl.minimum(start_m + BLOCK_M, len_kv)
     else:
         full = len_kv // BLOCK_N * BLOCK_N
         stop = len_kv
-    if HAS_MASK and MASK_IS_BOOL:
+    # Keys before `full` need no mask where its spans are known.
+    MASK_FULL: tl.constexpr = HAS_MASK and spans_ptr is None
+    if spans_ptr is not None:
+        tile_of_rows = start_m // BLOCK_M
+        first_hidden, stop = span_of_tile(
+            spans_ptr, spans_strides, b, h, tile_of_rows, stop, SPAN_CHUNKS
+        )
+        full = tl.minimum(full, tl.minimum(first_hidden, stop) // BLOCK_N * BLOCK_N)
+    elif HAS_MASK and MASK_IS_BOOL:
         stop = visible_end(mask_rows, row_valid, stride_mask_n, stop)
         full = tl.minimum(full, tl.cdiv(stop, BLOCK_N) * BLOCK_N)
-    acc, row_max, row_sum = attend_blocks(
-        acc,
-        row_max,
-        row_sum,
-        q,
-        k_source,
-        v_source,
-        b.to(tl.int32),
-        kv_head.to(tl.int32),
-        mask_rows,
-        stride_mask_n,
-        offs_m,
-        row_valid,
-        0,
-        full,
-        len_kv,
-        k_step,
-        v_step,
-        qk_scale,
-        d_valid,
-        dv_valid,
-        BLOCK_N,
-        False,
-        IS_CAUSAL,
-        HAS_MASK,
-        MASK_IS_BOOL,
-        EVEN_N,
-        EVEN_D,
-        EVEN_DV,
-        USE_TMA,
-        PRECISION,
-    )
-    if IS_CAUSAL or not EVEN_N:
+    if cu_seqlens_q_ptr is not None:
+        stop = tl.where(start_m < len_q, stop, 0)
+        full = tl.minimum(full, stop // BLOCK_N * BLOCK_N)
+    if window_left is None:
+        acc, row_max, row_sum = attend_blocks(
+            acc, row_max, row_sum, q, k_source, v_source, b.to(tl.int32), kv_head.to(tl.int32),
+            mask_rows, stride_mask_n, offs_m, row_valid, 0, full, len_kv, k_step, v_step, qk_scale,
+            d_valid, dv_valid, BLOCK_N, False, IS_CAUSAL, MASK_FULL, MASK_IS_BOOL, EVEN_N, EVEN_D,
+            EVEN_DV, USE_TMA, PRECISION, left, right, softcap, seed, drop_below, batch_head,
+        )  # fmt: skip
+    if IS_CAUSAL or not EVEN_N or window_left is not None or spans_ptr is not None:
         if not USE_TMA:
             k_source += full.to(tl.int64) * stride_kn
             v_source += full.to(tl.int64) * stride_vn
         acc, row_max, row_sum = attend_blocks(
-            acc,
-            row_max,
-            row_sum,
-            q,
-            k_source,
-            v_source,
-            b.to(tl.int32),
-            kv_head.to(tl.int32),
-            mask_rows,
-            stride_mask_n,
-            offs_m,
-            row_valid,
-            full,
-            stop,
-            len_kv,
-            k_step,
-            v_step,
-            qk_scale,
-            d_valid,
-            dv_valid,
-            BLOCK_N,
-            True,
-            IS_CAUSAL,
-            HAS_MASK,
-            MASK_IS_BOOL,
-            EVEN_N,
-            EVEN_D,
-            EVEN_DV,
-            USE_TMA,
-            PRECISION,
-        )
+            acc, row_max, row_sum, q, k_source, v_source, b.to(tl.int32), kv_head.to(tl.int32),
+            mask_rows, stride_mask_n, offs_m, row_valid, full, stop, len_kv, k_step, v_step,
+            qk_scale, d_valid, dv_valid, BLOCK_N, True, IS_CAUSAL, HAS_MASK, MASK_IS_BOOL, EVEN_N,
+            EVEN_D, EVEN_DV, USE_TMA, PRECISION, left, right, softcap, seed, drop_below, batch_head,
+        )  # fmt: skip
 
     row_sum = tl.where(row_sum == 0, 1.0, row_sum)
     out = acc / row_sum[:, None]
+    if keep_scale is not None:
+        out *= tl.full((), keep_scale, tl.float32)
     out_ptrs = out_ptr + b * stride_ob + h * stride_oh
     out_ptrs = out_ptrs + rows[:, None] * stride_om + offs_dv.to(tl.int64)[None, :] * stride_od
     out_valid = row_valid[:, None] & dv_valid[None, :]
@@ -449,6 +305,7 @@ def flash_attention(
     scale: float,
     config: FlashConfig,
     precision: str,
+    modifiers: Modifiers = attention_modifiers.NONE,
 ) -> None:
     """Writes softmax(scale * query @ key^T + attn_mask) @ value to `out`, and its log-sum-exp.
 
@@ -462,55 +319,41 @@ def flash_attention(
         lse: None or (B, H, L_q) fp32: the natural logarithm of each row's sum of exponentials.
         is_causal: query i sees the keys j <= i only.
         precision: how fp32 products are computed, "ieee" or "tf32".
+        modifiers: soft-cap, window, dropout and packed sequences, where there are any.
     """
     batch, num_heads, len_q, head_dim = query.shape
     num_kv_heads, len_kv, head_dim_v = value.shape[1:]
     if out.numel() == 0:
         return
+    use_tma = config.tma and tma_can_load(key) and tma_can_load(value)
+    if modifiers.cu_seqlens_q is not None:
+        # A descriptor's tile would reach into the next sequence, whose NaN times 0 is NaN.
+        use_tma = False
+        batch = modifiers.cu_seqlens_q.numel() - 1
+        len_q, len_kv = modifiers.max_q, modifiers.max_k
     mask = query if attn_mask is None else attn_mask
     group_size = num_heads // num_kv_heads
     block_d, block_dv = padded_head_dim(head_dim), padded_head_dim(head_dim_v)
-    use_tma = config.tma and tma_can_load(key) and tma_can_load(value)
     if config.tma and not use_tma:
         config = without_tma(config, max(block_d, block_dv))
     kv_bytes = len_kv * (head_dim + head_dim_v) * key.element_size()
     section_heads = heads_in_cache(kv_bytes, group_size, batch * num_heads)
+    spans = None
+    if mask.dtype == torch.bool and not modifiers.is_packed and not modifiers.has_window:
+        spans = mask_spans(mask, config.block_m)
     grid = (triton.cdiv(len_q, config.block_m) * batch * num_heads,)
     flash_attention_kernel[grid](
-        query,
-        tma_descriptor(key, config.block_n, block_d) if use_tma else key,
-        tma_descriptor(value, config.block_n, block_dv) if use_tma else value,
-        mask,
-        out,
-        lse if lse is not None else out,
-        *query.stride(),
-        *key.stride(),
-        *value.stride(),
-        *mask.stride(),
-        *out.stride(),
-        *(lse.stride() if lse is not None else (0, 0, 0)),
-        scale,
-        batch * num_heads,
-        num_heads,
-        group_size,
-        len_q,
-        len_kv,
-        head_dim,
-        head_dim_v,
-        section_heads,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_D=block_d,
-        BLOCK_DV=block_dv,
-        IS_CAUSAL=is_causal,
-        HAS_MASK=attn_mask is not None,
-        MASK_IS_BOOL=mask.dtype == torch.bool,
-        HAS_LSE=lse is not None,
-        EVEN_N=len_kv % config.block_n == 0,
-        EVEN_D=head_dim == block_d,
-        EVEN_DV=head_dim_v == block_dv,
-        USE_TMA=use_tma,
-        PRECISION=precision,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
+        query, tma_descriptor(key, config.block_n, block_d) if use_tma else key,
+        tma_descriptor(value, config.block_n, block_dv) if use_tma else value, mask, out, lse if lse
+        is not None else out, *query.stride(), *key.stride(), *value.stride(), *mask.stride(),
+        *out.stride(), *(lse.stride() if lse is not None else (0, 0, 0)), scale, batch * num_heads,
+        num_heads, group_size, len_q, len_kv, head_dim, head_dim_v, section_heads,
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_D=block_d, BLOCK_DV=block_dv,
+        IS_CAUSAL=is_causal, HAS_MASK=attn_mask is not None, MASK_IS_BOOL=mask.dtype == torch.bool,
+        HAS_LSE=lse is not None, EVEN_N=len_kv % config.block_n == 0 and not modifiers.is_packed,
+        EVEN_D=head_dim == block_d, EVEN_DV=head_dim_v == block_dv, USE_TMA=use_tma,
+        PRECISION=precision, **modifiers.kernel_arguments(), spans_ptr=spans,
+        spans_strides=None if spans is None else spans.stride()[:4],
+        SPAN_CHUNKS=1 if spans is None else next_power_of_2(spans.shape[3]),
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip

@@ -8,7 +8,7 @@ gives zeros.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -21,6 +21,7 @@ from triton_only_backend.kernels.attention_configs import (
     select_flash_config,
     uses_decode_kernel,
 )
+from triton_only_backend.kernels.attention_modifiers import Modifiers
 from triton_only_backend.kernels.decode_attention import decode_attention
 from triton_only_backend.kernels.flash_attention import flash_attention
 from triton_only_backend.kernels.flash_attention_backward import flash_attention_backward
@@ -28,6 +29,24 @@ from triton_only_backend.kernels.limits import DTYPES, MAX_HEAD_DIM
 from triton_only_backend.kernels.matmul import float32_precision
 
 Tensor = torch.Tensor
+
+
+class Options(NamedTuple):
+    """The arguments of attention that are no tensors; see `docs/attention.md`."""
+
+    is_causal: bool = False
+    scale: float | None = None
+    enable_gqa: bool = False
+    softcap: float = 0.0
+    window_left: int = -1
+    window_right: int = -1
+    dropout_p: float = 0.0
+    contiguous: bool = False
+
+    def modifiers(self, seed: Tensor | None, **packed: Any) -> Modifiers:
+        """What of them the kernels take beside the mask; `packed` describes the sequences."""
+        window = (self.window_left, self.window_right)
+        return Modifiers(self.softcap, window, self.dropout_p, seed, **packed)
 
 
 class Operands(NamedTuple):
@@ -44,11 +63,45 @@ class Operands(NamedTuple):
     lead: tuple[int, ...]
 
 
+def refuse(
+    what: str, remedy: str, *tensors: Tensor, op: str = "attention"
+) -> UnsupportedProblemError:
+    """The error for what the kernels do not cover."""
+    shapes = ", ".join(f"{t.dtype}{list(t.shape)}" for t in tensors)
+    return UnsupportedProblemError(f"triton_only.{op}({shapes}): {what}; {remedy}")
+
+
+def check_options(
+    seed: Tensor | None, options: Options, *tensors: Tensor, op: str = "attention"
+) -> None:
+    """Refuses a soft-cap, a window or a dropout that means nothing.
+
+    Raises:
+        UnsupportedProblemError: naming the value and a remedy.
+    """
+    if not 0.0 <= options.dropout_p <= 1.0:
+        raise refuse(
+            f"dropout_p={options.dropout_p}", "a probability is from 0 to 1", *tensors, op=op
+        )
+    if options.dropout_p > 0 and (seed is None or seed.dtype != torch.int64 or seed.numel() != 1):
+        remedy = "pass one int64, as torch.ops.triton_only.random_seeds(1, device=…) draws it"
+        raise refuse("dropout without a seed", remedy, *tensors, op=op)
+    if not (0.0 <= options.softcap < math.inf):
+        remedy = "pass a positive number, or 0 for none"
+        raise refuse(f"softcap={options.softcap}", remedy, *tensors, op=op)
+    if min(options.window_left, options.window_right) < -1:
+        window = (options.window_left, options.window_right)
+        remedy = "pass how many keys are seen on that side, or -1 for all"
+        raise refuse(f"a window of {window}", remedy, *tensors, op=op)
+
+
 def check(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attn_mask: Tensor | None = None,
+    seed: Tensor | None = None,
+    options: Options = Options(),  # noqa: B008  a tuple
 ) -> None:
     """Refuses what the kernels do not cover.
 
@@ -56,18 +109,17 @@ def check(
         UnsupportedProblemError: naming the argument, the dtypes and shapes, and a remedy.
     """
 
-    def refuse(what: str, remedy: str) -> None:
-        shapes = ", ".join(f"{t.dtype}{list(t.shape)}" for t in (query, key, value))
-        raise UnsupportedProblemError(f"triton_only.attention({shapes}): {what}; {remedy}")
-
     if query.dim() < 2 or not query.dim() == key.dim() == value.dim():
-        refuse("query, key and value must have the same number (≥ 2) of dimensions", "reshape them")
+        what = "query, key and value must have the same number (≥ 2) of dimensions"
+        raise refuse(what, "reshape them", query, key, value)
     if {query.dtype, key.dtype, value.dtype} - set(DTYPES) or not (
         query.dtype == key.dtype == value.dtype
     ):
-        refuse("one dtype of float16, bfloat16, float32 is needed", "cast query, key and value")
+        what = "one dtype of float16, bfloat16, float32 is needed"
+        raise refuse(what, "cast query, key and value", query, key, value)
     if query.shape[-1] > MAX_HEAD_DIM or value.shape[-1] > MAX_HEAD_DIM:
-        refuse(f"head dimensions over {MAX_HEAD_DIM}", "split the heads or use bmm and softmax")
+        what = f"head dimensions over {MAX_HEAD_DIM}"
+        raise refuse(what, "split the heads or use bmm and softmax", query, key, value)
     torch._check(
         query.shape[-1] == key.shape[-1] and key.shape[-2] == value.shape[-2],
         lambda: (
@@ -78,7 +130,9 @@ def check(
     if attn_mask is not None and not (
         attn_mask.dtype == torch.bool or attn_mask.is_floating_point()
     ):
-        refuse(f"a {attn_mask.dtype} mask", "pass a boolean or float mask")
+        what = f"a {attn_mask.dtype} mask"
+        raise refuse(what, "pass a boolean or float mask", query, key, value)
+    check_options(seed, options, query, key, value)
 
 
 def lead_shape(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[int, ...]:
@@ -129,11 +183,16 @@ def operands(
     return Operands(_to_4d(query, lead), _to_4d(key, kv_lead), _to_4d(value, kv_lead), mask, lead)
 
 
-def empty_output(query: Tensor, lead: tuple[int, ...], head_dim_v: int) -> Tensor:
-    """(*lead, L_q, D_v), laid out (…, L_q, heads, D_v): merging the heads next is a view."""
+def empty_output(
+    query: Tensor, lead: tuple[int, ...], head_dim_v: int, contiguous: bool = False
+) -> Tensor:
+    """(*lead, L_q, D_v), laid out (…, L_q, heads, D_v): merging the heads next is a view.
+
+    `contiguous` asks for (…, heads, L_q, D_v), which is what PyTorch's mathematical form gives.
+    """
     length = query.shape[-2]
-    if len(lead) == 0:
-        return query.new_empty((length, head_dim_v))
+    if len(lead) == 0 or contiguous:
+        return query.new_empty((*lead, length, head_dim_v))
     return query.new_empty((*lead[:-1], length, lead[-1], head_dim_v)).transpose(-3, -2)
 
 
@@ -142,7 +201,7 @@ def empty_logsumexp(query: Tensor, lead: tuple[int, ...]) -> Tensor:
     return query.new_empty((*lead, query.shape[-2]), dtype=torch.float32)
 
 
-def _problem(x: Operands, is_causal: bool) -> AttentionProblem:
+def _problem(x: Operands, options: Options) -> AttentionProblem:
     batch, num_heads, len_q, head_dim = x.query.shape
     return AttentionProblem(
         batch=batch,
@@ -153,16 +212,21 @@ def _problem(x: Operands, is_causal: bool) -> AttentionProblem:
         head_dim=head_dim,
         head_dim_v=x.value.shape[3],
         element_size=x.query.element_size(),
-        is_causal=is_causal,
+        is_causal=options.is_causal,
         has_mask=x.mask is not None,
+        has_dropout=options.dropout_p > 0,
+        has_softcap=options.softcap > 0,
+        has_window=max(options.window_left, options.window_right) >= 0,
     )
 
 
-def _scale(query: Tensor, scale: float | None) -> float:
+def scale_of(query: Tensor, scale: float | None) -> float:
+    """The scale of the scores: 1 / sqrt(head_dim) unless one is given."""
     return 1.0 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
 
 
-def _precision(query: Tensor) -> str:
+def precision_of(query: Tensor) -> str:
+    """How products are computed; a choice there is in fp32 only."""
     return float32_precision(query.device) if query.dtype == torch.float32 else "ieee"
 
 
@@ -171,10 +235,9 @@ def forward(
     key: Tensor,
     value: Tensor,
     attn_mask: Tensor | None,
+    seed: Tensor | None,
+    options: Options,
     *,
-    is_causal: bool,
-    scale: float | None,
-    enable_gqa: bool,
     with_logsumexp: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention's output (*lead, L_q, D_v) and, on request, its log-sum-exp (*lead, L_q) in fp32.
@@ -183,29 +246,28 @@ def forward(
         UnsupportedProblemError: see `check`.
         DeviceError: tensors on a device that Triton cannot drive.
     """
-    check(query, key, value, attn_mask)
+    check(query, key, value, attn_mask, seed, options)
     device = hardware.of(query.device)
-    x = operands(query, key, value, attn_mask, enable_gqa)
-    output = empty_output(query, x.lead, value.shape[-1])
+    x = operands(query, key, value, attn_mask, options.enable_gqa)
+    output = empty_output(query, x.lead, value.shape[-1], options.contiguous)
     logsumexp = empty_logsumexp(query, x.lead) if with_logsumexp else None
     if output.numel() == 0 and (logsumexp is None or logsumexp.numel() == 0):
         return output, logsumexp
     out = _view_output(output, x)
     lse = None if logsumexp is None else logsumexp.view(x.query.shape[:3])
-    problem = _problem(x, is_causal)
+    problem = _problem(x, options)
+    tensors = (x.query, x.key, x.value, x.mask, out, lse)
+    arguments: dict[str, Any] = {
+        "is_causal": options.is_causal,
+        "scale": scale_of(query, options.scale),
+        "precision": precision_of(query),
+        "modifiers": options.modifiers(seed),
+    }
     with hardware.guard(query):
         if uses_decode_kernel(problem):
-            decode_attention(
-                x.query, x.key, x.value, x.mask, out, lse,
-                is_causal=is_causal, scale=_scale(query, scale),
-                config=select_decode_config(problem, device), precision=_precision(query),
-            )  # fmt: skip
+            decode_attention(*tensors, config=select_decode_config(problem, device), **arguments)
         else:
-            flash_attention(
-                x.query, x.key, x.value, x.mask, out, lse,
-                is_causal=is_causal, scale=_scale(query, scale),
-                config=select_flash_config(problem, device), precision=_precision(query),
-            )  # fmt: skip
+            flash_attention(*tensors, config=select_flash_config(problem, device), **arguments)
     return output, logsumexp
 
 
@@ -224,18 +286,16 @@ def backward(
     attn_mask: Tensor | None,
     output: Tensor,
     logsumexp: Tensor,
-    *,
-    is_causal: bool,
-    scale: float | None,
-    enable_gqa: bool,
+    seed: Tensor | None,
+    options: Options,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value, in their shapes and dtypes.
 
     The operands' leading dimensions must be equal already: see `expand_operands`.
     """
     device = hardware.of(query.device)
-    x = operands(query, key, value, attn_mask, enable_gqa)
-    grad_query, grad_key, grad_value = (
+    x = operands(query, key, value, attn_mask, options.enable_gqa)
+    grads = tuple(
         torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x.query, x.key, x.value)
     )
     with hardware.guard(query):
@@ -243,16 +303,12 @@ def backward(
             _to_4d(grad_output, x.lead),
             x.query, x.key, x.value, x.mask,
             _to_4d(output, x.lead), logsumexp.reshape(x.query.shape[:3]),
-            grad_query, grad_key, grad_value,
-            is_causal=is_causal, scale=_scale(query, scale),
-            config=select_backward_config(_problem(x, is_causal), device),
-            precision=_precision(query),
+            *grads,
+            is_causal=options.is_causal, scale=scale_of(query, options.scale),
+            config=select_backward_config(_problem(x, options), device),
+            precision=precision_of(query), modifiers=options.modifiers(seed),
         )  # fmt: skip
-    return (
-        grad_query.view(query.shape),
-        grad_key.view(key.shape),
-        grad_value.view(value.shape),
-    )
+    return grads[0].view(query.shape), grads[1].view(key.shape), grads[2].view(value.shape)
 
 
 def expand_operands(
@@ -261,8 +317,8 @@ def expand_operands(
     """The operands with their leading dimensions broadcast, so that gradients need no summing."""
     lead = lead_shape(query, key, value, enable_gqa)
     kv_lead = (*lead[:-1], key.shape[-3]) if enable_gqa else lead
-    return (
-        query.expand(*lead, *query.shape[-2:]),
-        key.expand(*kv_lead, *key.shape[-2:]),
-        value.expand(*kv_lead, *value.shape[-2:]),
-    )
+
+    def expand(tensor: Tensor, to: tuple[int, ...]) -> Tensor:
+        return tensor if tensor.shape[:-2] == to else tensor.expand(*to, *tensor.shape[-2:])
+
+    return expand(query, lead), expand(key, kv_lead), expand(value, kv_lead)

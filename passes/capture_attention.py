@@ -8,14 +8,19 @@ Before:
 After:
     y: "bf16[2, 32, 512, 128]" = torch.ops.triton_only.attention.default(q, k, v, mask)
 
-Our output lies in memory as (…, length, heads, head_dim). Where PyTorch's would be contiguous and
-something that depends on it follows (a view, a branch's or the graph's output), a `contiguous` is
-added.
+With dropout, a seed is drawn beside it (see `rewrite_seeds`):
+    seed: "i64[1]" = torch.ops.triton_only.random_seeds.default(1, device=device)
+    y = torch.ops.triton_only.attention.default(q, k, v, mask, seed, dropout_p=0.1)
 
-What our kernels do not do (dropout, a head dimension over 256, a mask that needs a gradient)
-becomes PyTorch's own decomposition, bmm - softmax - bmm, which stays in Triton but holds the scores
-in memory; the report notes it. Left alone: nested tensors, other dtypes than fp16, bf16 and fp32,
-and calls that PyTorch itself refuses.
+Our output lies in memory as (…, length, heads, head_dim). Where PyTorch's would be contiguous and
+only what depends on that follows (a view, a branch's or the graph's output), the kernel is asked to
+write it so; where something else follows too, a `contiguous` is added.
+
+What our kernels do not do (a head dimension over 256, a mask that needs a gradient, a probability
+of dropout that is not known) becomes PyTorch's own decomposition, bmm - softmax - bmm, which stays
+in Triton but holds the scores in memory; the report notes it. Nested tensors of the jagged layout
+become packed sequences (`nested_attention`). Left alone: other nested tensors, other dtypes than
+fp16, bf16 and fp32, and calls that PyTorch itself refuses.
 """
 
 from __future__ import annotations
@@ -25,6 +30,7 @@ from typing import Any
 
 import torch
 
+from triton_only_backend.kernels import nested_attention
 from triton_only_backend.kernels.limits import DTYPES, MAX_HEAD_DIM
 from triton_only_backend.passes.graph_edit import (
     describe,
@@ -34,6 +40,8 @@ from triton_only_backend.passes.graph_edit import (
     value,
 )
 from triton_only_backend.passes.refusal import DECOMPOSED, META_KEY, Reason, Refusal, refuse
+from triton_only_backend.passes.rewrite_seeds import OURS as SEEDS
+from triton_only_backend.passes.rewrite_seeds import fake_seeds
 
 SDPA = torch.nn.functional.scaled_dot_product_attention
 ATTENTION = torch.ops.triton_only.attention.default
@@ -63,8 +71,13 @@ def can_rewrite(given: dict[str, Any]) -> Refusal | None:
     """None if our kernels compute the same attention, else why not."""
     query, key, val = (value(given[name]) for name in ("query", "key", "value"))
     mask = value(given["attn_mask"])
+    if any(t.is_nested for t in (query, key, val)):
+        reason = nested_attention.why_not(query, key, val, mask)
+        if reason is not None:  # the sizes of some nested tensors cannot be asked for
+            facts = f"{query.dtype}, nested: {reason}"
+            return Refusal(Reason.UNSUPPORTED_LAYOUT, facts, "pass padded tensors and a mask")
     facts = describe(given["query"], given["key"], given["value"])
-    if any(t.layout != torch.strided or t.is_nested for t in (query, key, val)):
+    if any(t.layout not in (torch.strided, torch.jagged) for t in (query, key, val)):
         return Refusal(Reason.UNSUPPORTED_LAYOUT, facts, "pass padded tensors and a mask")
     if query.dtype not in DTYPES or not query.dtype == key.dtype == val.dtype:
         return Refusal(
@@ -72,9 +85,9 @@ def can_rewrite(given: dict[str, Any]) -> Refusal | None:
         )
     if mask is not None and given["is_causal"]:
         return Refusal(Reason.MASK_AND_CAUSAL, facts, "combine them into one mask")
-    if isinstance(given["dropout_p"], torch.fx.Node) or given["dropout_p"] != 0.0:
+    if not isinstance(given["dropout_p"], float | int):
         return Refusal(
-            Reason.DROPOUT, f"dropout_p={given['dropout_p']}", "set the attention dropout to 0"
+            Reason.DROPOUT, f"dropout_p={given['dropout_p']}", "make the probability a constant"
         )
     if not (head_dim_fits(query) and head_dim_fits(val)):
         return Refusal(Reason.HEAD_DIM_TOO_LARGE, facts, "use more heads of a smaller dimension")
@@ -107,6 +120,10 @@ def capture_attention(graph: torch.fx.Graph) -> int:
 
 
 def _rewrite(node: torch.fx.Node, given: dict[str, Any]) -> None:
+    if value(given["query"]).is_nested:
+        # A function of tensor subclasses; AOTAutograd traces what is inside.
+        node.target = nested_attention.nested_attention
+        return
     node.target = ATTENTION
     node.args = tuple(given[name] for name in ("query", "key", "value", "attn_mask"))
     node.kwargs = {
@@ -114,11 +131,21 @@ def _rewrite(node: torch.fx.Node, given: dict[str, Any]) -> None:
         for name in ("is_causal", "scale", "enable_gqa")
         if given[name] is not _DEFAULTS[name]
     }
+    if given["dropout_p"] > 0:
+        query = value(given["query"])
+        with node.graph.inserting_before(node):
+            seed = node.graph.call_function(SEEDS, (1,), {"device": query.device})
+        seed.meta["example_value"] = fake_seeds(1, query.device, query.fake_mode)
+        node.args = (*node.args, seed)
+        node.kwargs = {**node.kwargs, "dropout_p": float(given["dropout_p"])}
     expected = value(node)
     readers = [user for user in node.users if _reads_layout(user)]
     if not readers or same_layout(expected, fake_call(ATTENTION, node.args, node.kwargs)):
         return
     if not is_contiguous(expected):
+        return
+    if len(readers) == len(node.users):
+        node.kwargs = {**node.kwargs, "contiguous": True}
         return
     with node.graph.inserting_after(node):
         copy = node.graph.call_method("contiguous", (node,))
@@ -133,6 +160,9 @@ def _reads_layout(user: torch.fx.Node) -> bool:
 
 
 def _decompose(node: torch.fx.Node, given: dict[str, Any]) -> None:
+    mask = value(given["attn_mask"])
+    if mask is not None and mask.dtype == torch.bool:
+        given = {**given, "attn_mask": _as_addend(node, given)}
     with node.graph.inserting_before(node):
         pair = node.graph.call_function(
             MATH,
@@ -144,3 +174,16 @@ def _decompose(node: torch.fx.Node, given: dict[str, Any]) -> None:
     output.meta = {k: v for k, v in node.meta.items() if k != META_KEY}
     node.replace_all_uses_with(output)
     node.graph.erase_node(node)
+
+
+def _as_addend(node: torch.fx.Node, given: dict[str, Any]) -> torch.fx.Node:
+    """A boolean mask as what is added to the scores: MATH adds any mask as it is."""
+    graph, mask = node.graph, given["attn_mask"]
+    with graph.inserting_before(node):
+        hidden = graph.call_method("logical_not", (mask,))
+        dtype = value(given["query"]).dtype
+        zeros = graph.call_function(torch.zeros_like, (mask,), {"dtype": dtype})
+        addend = graph.call_method("masked_fill", (zeros, hidden, float("-inf")))
+    for new in (hidden, zeros, addend):
+        new.meta = {k: v for k, v in node.meta.items() if k not in ("example_value", META_KEY)}
+    return addend

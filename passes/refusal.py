@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 
 # Read by the audit, which knows this key and imports nothing of the passes.
 META_KEY = "triton_only_refusal"
+# Read by the runner of the passes.
+DECLINED_KEY = "triton_only_declined"
 
 
 class Reason(enum.Enum):
@@ -20,16 +22,22 @@ class Reason(enum.Enum):
     UNSUPPORTED_DEVICE = "an operand is on a device that Triton cannot drive"
     UNSUPPORTED_LAYOUT = "an operand is not a plain strided tensor"
     HEAD_DIM_TOO_LARGE = "the head dimension exceeds 256, or varies"
-    DROPOUT = "the attention kernels have no dropout"
+    DROPOUT = "the probability of dropout is not known when the graph is compiled"
     MASK_NEEDS_GRADIENT = "the attention kernels give no gradient for the mask"
-    BOTTOM_RIGHT_CAUSAL = (
-        "FlashAttention aligns is_causal to the bottom right, our kernels to the top left"
-    )
     MASK_AND_CAUSAL = "both a mask and is_causal are given, which PyTorch refuses"
 
 
 # Attention refused for these reasons becomes bmm - softmax - bmm instead.
 DECOMPOSED = frozenset({Reason.HEAD_DIM_TOO_LARGE, Reason.DROPOUT, Reason.MASK_NEEDS_GRADIENT})
+
+
+# The kind, in the words of the audit, of the reasons that it does not know by name.
+_KINDS = {
+    Reason.HEAD_DIM_TOO_LARGE: "UNSUPPORTED_SIZE",
+    Reason.DROPOUT: "UNSUPPORTED_ARGUMENT",
+    Reason.MASK_NEEDS_GRADIENT: "UNSUPPORTED_ARGUMENT",
+    Reason.MASK_AND_CAUSAL: "UNSUPPORTED_ARGUMENT",
+}
 
 
 @dataclass(frozen=True)
@@ -48,6 +56,12 @@ def refuse(node: torch.fx.Node, refusal: Refusal) -> None:
     """Leaves the refusal on the node."""
     node.meta[META_KEY] = {
         "reason": refusal.reason.name,
+        "kind": _KINDS.get(refusal.reason, refusal.reason.name),
         "detail": str(refusal),
         "remedy": refusal.remedy,
     }
+
+
+def decline(node: torch.fx.Node, detail: str) -> None:
+    """Leaves on a node why a fusion let it be: the report lists it, no operation is the worse."""
+    node.meta[DECLINED_KEY] = {"detail": detail}

@@ -12,11 +12,12 @@ After:
     out: "bf16[2, 4, 16, 64]" = fwd[0];  lse: "f32[2, 4, 16]" = fwd[1]
     bwd = triton_only.attention_backward(dout, q, k, v, None, out, lse, is_causal=True, scale=0.125)
 
-A forward without a backward becomes `triton_only.attention`. Dropout, head dimensions over 256 and
-a backward that wants the mask's gradient become bmm - softmax - bmm again (`attention_math`). Left
-alone, each with its reason: other dtypes, a forward whose private outputs (random state, padded
-log-sum-exp) something else than its backward reads, and FlashAttention's causal attention of
-unequal lengths, which is aligned to the bottom right.
+A forward without a backward becomes `triton_only.attention`. With dropout, forward and backward get
+a seed of ours in place of the library's random state. FlashAttention's causal attention of unequal
+lengths, which it aligns to the bottom right, becomes `window_right=0`, which is so aligned too.
+Head dimensions over 256 and a backward that wants the mask's gradient become bmm - softmax - bmm
+again (`attention_math`). Left alone, each with its reason: other dtypes, and a forward whose
+private outputs (random state, padded log-sum-exp) something else than its backward reads.
 """
 
 from __future__ import annotations
@@ -41,8 +42,10 @@ from triton_only_backend.passes.graph_edit import (
     value,
 )
 from triton_only_backend.passes.refusal import DECOMPOSED, Reason, Refusal, refuse
+from triton_only_backend.passes.rewrite_seeds import OURS as SEEDS
+from triton_only_backend.passes.rewrite_seeds import fake_seeds
 
-log = logging.getLogger("triton_only_backend")
+log = logging.getLogger("triton_only")
 
 aten = torch.ops.aten
 ours = torch.ops.triton_only
@@ -95,12 +98,9 @@ def can_rewrite(forward: torch.fx.Node, backwards: list[torch.fx.Node]) -> Refus
                 f"{facts}; {strangers[0].name} uses the library kernel's private outputs",
                 "compile forward and backward together",
             )
-    aligned = same_sizes(query.shape[2:3], key.shape[2:3])
-    if forward.target is FLASH and given["is_causal"] and not aligned:
-        return Refusal(Reason.BOTTOM_RIGHT_CAUSAL, facts, "pass a mask instead of is_causal")
-    if given["dropout_p"] != 0.0:
+    if not isinstance(given["dropout_p"], float | int):
         return Refusal(
-            Reason.DROPOUT, f"dropout_p={given['dropout_p']}", "set the attention dropout to 0"
+            Reason.DROPOUT, f"dropout_p={given['dropout_p']}", "make the probability a constant"
         )
     if not (head_dim_fits(query) and head_dim_fits(val)):
         return Refusal(Reason.HEAD_DIM_TOO_LARGE, facts, "use more heads of a smaller dimension")
@@ -122,10 +122,11 @@ def rewrite_attention(graph: torch.fx.Graph) -> int:
             ]
             refusal = can_rewrite(forward, backwards)
             if refusal is None:
+                seed = _seed(forward)
                 for node in backwards:
-                    _rewrite_backward(node)
+                    _rewrite_backward(node, seed)
                     _erase(node)
-                _rewrite_forward(forward, needs_logsumexp=bool(backwards))
+                _rewrite_forward(forward, seed, needs_logsumexp=bool(backwards))
             elif refusal.reason in DECOMPOSED and 1 not in _read_by_others(forward, backwards):
                 log.info("attention runs as bmm, softmax, bmm: %s", refusal)
                 _decompose(forward, backwards)
@@ -143,38 +144,59 @@ def _read_by_others(forward: torch.fx.Node, backwards: list[torch.fx.Node]) -> s
     return {index for index, item in items if any(u not in backwards for u in item.users)}
 
 
-def _options(given: dict[str, Any]) -> dict[str, Any]:
-    # The library ops take fewer key heads than query heads without being told.
-    heads = (value(given[name]).shape[1:2] for name in ("query", "key"))
+def _seed(forward: torch.fx.Node) -> torch.fx.Node | None:
+    """What forward and backward draw their dropout from, if there is any."""
+    given = arguments(forward)
+    if given["dropout_p"] == 0:
+        return None
+    query = value(given["query"])
+    with forward.graph.inserting_before(forward):
+        seed = forward.graph.call_function(SEEDS, (1,), {"device": query.device})
+    seed.meta["val"] = fake_seeds(1, query.device, query.fake_mode)
+    return seed
+
+
+def _options(node: torch.fx.Node, given: dict[str, Any]) -> dict[str, Any]:
+    query, key = value(given["query"]), value(given["key"])
+    is_flash = node.target in (FLASH, BACKWARD_OF[FLASH])
+    aligned = same_sizes(query.shape[2:3], key.shape[2:3])
+    bottom_right = given["is_causal"] and is_flash and not aligned
     options = {
-        "is_causal": given["is_causal"],
+        "is_causal": given["is_causal"] and not bottom_right,
         "scale": given["scale"],
-        "enable_gqa": not same_sizes(*heads),
+        # The library ops take fewer key heads than query heads without being told.
+        "enable_gqa": not same_sizes(query.shape[1:2], key.shape[1:2]),
+        "window_right": 0 if bottom_right else None,
+        "dropout_p": float(given["dropout_p"]) or None,
     }
     return {k: v for k, v in options.items() if v is not None and v is not False}
 
 
-def _rewrite_backward(node: torch.fx.Node) -> None:
+def _rewrite_backward(node: torch.fx.Node, seed: torch.fx.Node | None) -> None:
     given = arguments(node)
     names = ("query", "key", "value")
     new = insert(
         node,
         ours.attention_backward.default,
-        (_grad(given), *(given[n] for n in names), _mask(given), given["out"], given["logsumexp"]),
-        _options(given),
+        (_grad(given), *(given[n] for n in names), _mask(given), given["out"], given["logsumexp"])
+        + (() if seed is None else (seed,)),
+        _options(node, given),
     )
     for index, getitem in _outputs(node).items():
         _put(getitem, insert(getitem, operator.getitem, (new, index)))
 
 
-def _rewrite_forward(node: torch.fx.Node, *, needs_logsumexp: bool) -> None:
+def _rewrite_forward(
+    node: torch.fx.Node, seed: torch.fx.Node | None, *, needs_logsumexp: bool
+) -> None:
     given = arguments(node)
-    args = (given["query"], given["key"], given["value"], _mask(given))
+    args: tuple[Any, ...] = (given["query"], given["key"], given["value"], _mask(given))
+    args = args if seed is None else (*args, seed)
     outputs = _outputs(node)
     if needs_logsumexp or 1 in outputs:
-        new = insert(node, ours.attention_forward.default, args, _options(given))
+        new = insert(node, ours.attention_forward.default, args, _options(node, given))
     else:
-        new = insert(node, ours.attention.default, args, _options(given))
+        new = insert(node, ours.attention.default, args, _options(node, given))
     for index, getitem in outputs.items():
         pair = new.target is ours.attention_forward.default
         _put(getitem, insert(getitem, operator.getitem, (new, index)) if pair else new)

@@ -90,17 +90,23 @@ def test_which_kernel(changes, expected):
     ("batch", "len_kv", "splits"),
     [
         (1, 0, 1),
-        (1, 100, 1),
-        (1, 512, 4),
-        (1, 4096, 32),
+        (1, 63, 1),
+        (1, 512, 16),
+        (2, 768, 8),
+        (1, 4095, 16),
         (1, 32768, 33),
-        (16, 2048, 3),
+        (16, 2048, 2),
         (64, 4096, 1),
     ],
 )
-def test_splits_fill_the_multiprocessors_twice(batch, len_kv, splits):
+def test_splits_fill_the_multiprocessors_once_or_twice(batch, len_kv, splits):
     config = configs.select_decode_config(replace(DECODE, batch=batch, len_kv=len_kv), H200)
     assert config.num_splits == splits
+
+
+def test_short_splits_take_fine_tiles():
+    assert configs.select_decode_config(replace(DECODE, len_kv=768), H200).block_n == 32
+    assert configs.select_decode_config(replace(DECODE, len_kv=32768), H200).block_n == 64
 
 
 def test_interpreter_takes_large_blocks():
@@ -135,6 +141,26 @@ ALL = [
     for head_dim in (64, 128, 256)
     for causal, mask in ((True, None), (False, "bool"), (True, "float32"))
 ]
+# What may stand in the mask's place.
+MODIFIED = ("dropout", "softcap", "window", "varlen")
+COLUMNS = ("arch", "dtype", "head_dim", "causal", "mask")
+DECODE_KERNEL = "decode_attention_kernel"
+KERNELS = {
+    "flash_attention_kernel", "row_statistics_kernel", "key_value_gradient_kernel",
+    "query_gradient_kernel",
+}  # fmt: skip
+QUICK_MODIFIED = [
+    ("sm90", "bfloat16", 128, True, "dropout"),
+    ("sm90", "bfloat16", 128, True, "softcap"),
+    ("sm90", "bfloat16", 64, True, "window"),
+    ("gfx942", "bfloat16", 64, True, "varlen"),
+]
+ALL_MODIFIED = [
+    (arch, "bfloat16", head_dim, True, modifier)
+    for arch in GPUS
+    for head_dim in (64, 128, 256)
+    for modifier in MODIFIED
+]
 
 
 def compile_in_a_process(cases, without_tma=False):
@@ -158,7 +184,10 @@ def compile_in_a_process(cases, without_tma=False):
 
 
 def check_rows(rows, cases):
-    assert len(rows) == 6 * len(cases)
+    for case in cases:
+        mine = [row for row in rows if tuple(row[key] for key in COLUMNS) == tuple(case)]
+        decodes = case[-1] not in ("dropout", "varlen")
+        assert {row["kernel"] for row in mine} >= KERNELS | ({DECODE_KERNEL} if decodes else set())
     for row in rows:
         print(row)
         assert row["shared"] <= GPUS[row["arch"]].shared_memory, row
@@ -166,7 +195,7 @@ def check_rows(rows, cases):
             assert row["spilled"] == 0, row
             if row["kernel"] in ("flash_attention_kernel", "query_gradient_kernel"):
                 assert row["wgmma"] > 0, row
-            if row["kernel"] != "combine_splits_kernel" and "statistics" not in row["kernel"]:
+            if row["kernel"] not in ("row_statistics_kernel", "mask_spans_kernel"):
                 assert row["cp_async"] + row["tma"] > 0, row
 
 
@@ -174,9 +203,18 @@ def test_kernels_compile():
     check_rows(compile_in_a_process(QUICK), QUICK)
 
 
+def test_modified_kernels_compile():
+    check_rows(compile_in_a_process(QUICK_MODIFIED), QUICK_MODIFIED)
+
+
 @pytest.mark.exhaustive
 def test_all_configurations_compile():
     check_rows(compile_in_a_process(ALL), ALL)
+
+
+@pytest.mark.exhaustive
+def test_all_modified_configurations_compile():
+    check_rows(compile_in_a_process(ALL_MODIFIED), ALL_MODIFIED)
 
 
 @pytest.mark.exhaustive
@@ -186,6 +224,23 @@ def test_hopper_pointer_loads_compile():
         print(row)
         assert row["tma"] == 0, row
         assert row["shared"] <= H200.shared_memory, row
+
+
+def make_modifiers(name):
+    import torch
+
+    from triton_only_backend.kernels.attention_modifiers import Modifiers
+
+    seed = torch.empty(1, dtype=torch.int64, device="meta")
+    starts = torch.empty(5, dtype=torch.int32, device="meta")
+    packed = {"cu_seqlens_q": starts, "cu_seqlens_k": starts, "max_q": 4096, "max_k": 4096}
+    return {
+        None: Modifiers(),
+        "dropout": Modifiers(dropout_p=0.1, seed=seed),
+        "softcap": Modifiers(softcap=30.0),
+        "window": Modifiers(window=(1024, 0)),
+        "varlen": Modifiers(**packed),
+    }[name]
 
 
 def launch_all(arch, dtype, head_dim, causal, mask, without_tma):
@@ -207,15 +262,22 @@ def launch_all(arch, dtype, head_dim, causal, mask, without_tma):
 
     key = empty(8, len_kv, head_dim)
     options = {"is_causal": causal, "scale": 0.1, "precision": "ieee"}
+    modified, mask = (mask, None) if mask in MODIFIED else (None, mask)
+    modifiers = make_modifiers(modified)
     for len_q in (4096, 1):
         problem = AttentionProblem(
-            1, 32, 8, len_q, len_kv, head_dim, head_dim, dtype.itemsize, causal, mask is not None
-        )
+            1, 32, 8, len_q, len_kv, head_dim, head_dim, dtype.itemsize, causal, mask is not None,
+            has_dropout=modified == "dropout", has_softcap=modified == "softcap",
+            has_window=modified == "window",
+        )  # fmt: skip
         query = empty(32, len_q, head_dim)
         lse = empty(32, len_q, dtype=torch.float32)
         bias = None
         if mask is not None:
             bias = empty(1, len_q, len_kv, dtype=getattr(torch, mask)).expand(-1, 32, -1, -1)
+        if len_q == 1 and modified in ("dropout", "varlen"):
+            continue
+        options["modifiers"] = modifiers
         if len_q == 1:
             config = configs.select_decode_config(problem, gpu)
             decode_attention.decode_attention(
@@ -223,6 +285,8 @@ def launch_all(arch, dtype, head_dim, causal, mask, without_tma):
             )
             continue
         config = configs.select_flash_config(problem, gpu)
+        if modified == "varlen" and config.tma:
+            config = configs.without_tma(config, problem.block_d)
         flash_attention.flash_attention(query, key, key, bias, query, lse, config=config, **options)
         config = configs.select_backward_config(problem, gpu)
         flash_attention_backward.flash_attention_backward(
@@ -240,7 +304,7 @@ def compile_cases(cases, without_tma):
         launch_all(*case, without_tma)
         for kernel in compiled:
             ptx = kernel.asm.get("ptx", "")
-            row = dict(zip(("arch", "dtype", "head_dim", "causal", "mask"), case, strict=True))
+            row = dict(zip(COLUMNS, case, strict=True))
             row.update(
                 kernel=kernel.name,
                 registers=kernel.registers,

@@ -19,16 +19,19 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import triton_only_backend  # noqa: F401
+from triton_only_backend import inductor
 from triton_only_backend.passes import pipeline
 from triton_only_backend.passes.capture_attention import MATH, SDPA, capture_attention
 from triton_only_backend.passes.decompositions import DECOMPOSITIONS
 from triton_only_backend.passes.refusal import META_KEY
 from triton_only_backend.passes.rewrite_attention import BACKWARD_OF, rewrite_attention
 from triton_only_backend.passes.rewrite_matmul import rewrite_matmul
+from triton_only_backend.passes.rewrite_seeds import rewrite_seeds
 
 aten = torch.ops.aten
 ours = torch.ops.triton_only
 SHORT = {"torch.float32": "f32", "torch.bfloat16": "bf16", "torch.bool": "bool"}
+SHORT["torch.int64"] = "i64"
 
 
 def show(graph: torch.fx.Graph) -> str:
@@ -263,12 +266,26 @@ def test_a_contiguous_output_stays_contiguous_where_that_shows(reader):
         assert actual.stride() == attention(query).stride()
 
 
-@pytest.mark.parametrize("case", ["dropout", "head_dim", "mask_gradient"])
+def test_dropout_is_captured_with_a_seed():
+    gm = dynamo_graph(
+        lambda q: F.scaled_dot_product_attention(q, q, q, dropout_p=0.5), heads(1, 2, 3, 8)
+    )
+    assert capture_attention(gm.graph) == 1
+    gm.graph.lint()
+    assert_expected_inline(
+        show(gm.graph),
+        """\
+random_seeds_default: i64[1] = triton_only.random_seeds.default(1, device: cpu)
+scaled_dot_product_attention: f32[1, 2, 3, 8] = triton_only.attention.default(%l_q_, %l_q_, %l_q_, None, %random_seeds_default, dropout_p: 0.5, contiguous: True)
+return (scaled_dot_product_attention,)""",
+    )
+
+
+@pytest.mark.parametrize("case", ["head_dim", "mask_gradient"])
 def test_what_the_kernels_do_not_do_is_decomposed(case):
     query = heads(1, 2, 3, 300 if case == "head_dim" else 8)
     mask = torch.zeros(3, 3, requires_grad=case == "mask_gradient")
-    dropout = 0.5 if case == "dropout" else 0.0
-    gm = dynamo_graph(lambda q, m: F.scaled_dot_product_attention(q, q, q, m, dropout), query, mask)
+    gm = dynamo_graph(lambda q, m: F.scaled_dot_product_attention(q, q, q, m, 0.5), query, mask)
     assert capture_attention(gm.graph) == 1
     gm.graph.lint()
     assert [n.target for n in gm.graph.nodes if n.op == "call_function"] == [MATH, operator.getitem]
@@ -437,13 +454,65 @@ def test_joint_attention_beyond_the_kernels_is_decomposed(case):
         torch.testing.assert_close(ours_, theirs, rtol=1e-4, atol=1e-5)
 
 
-def test_joint_attention_with_dropout_is_decomposed_with_one_random_mask():
-    gm = joint_graph(cpu, (1, 2, 5, 8), dropout_p=0.25)
+@pytest.mark.parametrize("library", [flash, efficient, cudnn, cpu], ids=lambda f: f.__name__)
+def test_joint_attention_with_dropout_has_one_seed_for_forward_and_backward(library):
+    gm = joint_graph(library, (1, 2, 5, 8), dropout_p=0.25)
+    assert pipeline.run_stage("joint", gm)[0].fired == 1
+    assert not any("scaled_dot_product" in target for target in targets(gm.graph))
+    (seed,) = gm.graph.find_nodes(op="call_function", target=ours.random_seeds.default)
+    readers = {str(user.target): user for user in seed.users}
+    assert set(readers) == {
+        "triton_only.attention_forward.default", "triton_only.attention_backward.default"
+    }  # fmt: skip
+    assert all(user.kwargs["dropout_p"] == 0.25 for user in readers.values())
+
+
+def test_joint_attention_that_is_decomposed_keeps_one_random_mask():
+    gm = joint_graph(cpu, (1, 2, 5, 264), dropout_p=0.25)
     assert pipeline.run_stage("joint", gm)[0].fired == 1
     found = targets(gm.graph)
     assert not any("scaled_dot_product" in target for target in found)
     assert found.count("prims.inductor_random.default") == 1
     assert found.count("aten.bmm.default") == 6
+
+
+# rewrite_seeds
+
+
+def test_the_seeds_of_a_graph_are_drawn_at_once():
+    seeds, lookup = inductor.seed_ops()
+
+    def random_numbers(q):
+        drawn = seeds(2, q.device)
+        mine = ours.random_seeds(1, device=q.device)
+        first = torch.ops.prims.inductor_random.default([3], lookup(drawn, 1), "rand")
+        return first, ours.attention(q, q, q, None, mine, dropout_p=0.5)
+
+    graph = trace(random_numbers, torch.randn(1, 2, 3, 8)).graph
+    (drawn,) = graph.find_nodes(op="call_function", target=ours.random_seeds.default)
+    drawn.meta["recompute"] = "must"
+    assert rewrite_seeds(graph) == 2
+    graph.eliminate_dead_code()
+    graph.lint()
+    assert_expected_inline(
+        show(graph),
+        """\
+random_seeds_default: i64[3] = triton_only.random_seeds.default(3, device: cpu)
+slice_tensor: i64[1] = aten.slice.Tensor(%random_seeds_default, 0, 2, 3)
+inductor_lookup_seed: i64[] = prims.inductor_lookup_seed.default(%random_seeds_default, 1)
+inductor_random: f32[3] = prims.inductor_random.default([3], %inductor_lookup_seed, rand)
+attention: f32[1, 2, 3, 8] = triton_only.attention.default(%q_1, %q_1, %q_1, None, %slice_tensor, dropout_p: 0.5)
+return (inductor_random, attention)""",
+    )
+    (merged,) = graph.find_nodes(op="call_function", target=ours.random_seeds.default)
+    assert "recompute" not in merged.meta
+    assert rewrite_seeds(graph) == 0
+
+
+def test_a_draw_is_not_dead_code_of_another():
+    """Two draws of the same arguments are two draws: common subexpressions are not merged."""
+    tags = ours.random_seeds.default.tags
+    assert torch.Tag.nondeterministic_seeded in tags
 
 
 @pytest.mark.parametrize(
@@ -460,14 +529,18 @@ def test_joint_attention_of_other_dtypes_is_refused(library, options, reason):
     assert refusals(gm.graph) == [reason, reason]
 
 
-def test_flash_attention_aligned_to_the_bottom_right_is_refused():
+@pytest.mark.parametrize(("len_q", "len_kv"), [(3, 5), (5, 3)])
+def test_flash_attention_is_causal_from_the_bottom_right(len_q, len_kv, device):
     with FakeTensorMode():
-        q, k = (torch.empty(1, 2, length, 8, device="cuda") for length in (3, 5))
-        graph = make_fx(
-            lambda q, k: aten._scaled_dot_product_flash_attention(q, k, k, 0.0, True)[0]
-        )(q, k).graph
-    assert rewrite_attention(graph) == 0
-    assert refusals(graph) == ["BOTTOM_RIGHT_CAUSAL"]
+        q, k = (torch.empty(1, 2, length, 8, device="cuda") for length in (len_q, len_kv))
+        op = aten._scaled_dot_product_flash_attention
+        gm = make_fx(lambda q, k: op(q, k, k, 0.0, True, scale=0.3)[0])(q, k)
+    pipeline.run_stage("joint", gm)
+    assert "window_right: 0" in show(gm.graph)
+    query, key = (torch.randn(1, 2, length, 8, device=device) for length in (len_q, len_kv))
+    seen = torch.ones(len_q, len_kv, dtype=torch.bool, device=device).tril(len_kv - len_q)
+    expected = F.scaled_dot_product_attention(query, key, key, seen, scale=0.3)
+    torch.testing.assert_close(gm(query, key), expected.nan_to_num(), rtol=1e-4, atol=1e-5)
 
 
 def test_a_forward_whose_padded_logsumexp_is_read_is_refused():
