@@ -19,77 +19,36 @@ dtypes than the input's, addmm with alpha, beta or a bias of more than one dimen
 from __future__ import annotations
 
 import operator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from triton_only_backend.passes.graph_edit import insert, value
+from triton_only_backend.passes.linear_layer import Linear, as_linear, base_of, rows
+from triton_only_backend.passes.refusal import decline
 
-aten = torch.ops.aten
 ours = torch.ops.triton_only
-VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
+PRODUCTS = (ours.mm.default, ours.addmm.default)
 MAX_ROWS = 2
 MAX_WEIGHTS = 3
-
-
-class Linear(NamedTuple):
-    """A product x @ weightᵀ (+ bias) found in the graph."""
-
-    node: torch.fx.Node
-    x: torch.fx.Node
-    weight: torch.fx.Node
-    bias: torch.fx.Node | None
-
-
-def _is_parameter(node: Any) -> bool:
-    return isinstance(node, torch.fx.Node) and node.op in ("placeholder", "get_attr")
-
-
-def as_linear(node: torch.fx.Node) -> Linear | None:
-    """The linear layer that a product is, or None."""
-    args: tuple[Any, ...] = node.args
-    bias: Any = None
-    if node.target is ours.addmm.default:
-        bias, *args = args  # type: ignore[assignment]
-        if not _is_parameter(bias) or value(bias).dim() != 1:
-            return None
-    elif node.target is not ours.mm.default:
-        return None
-    if node.kwargs:
-        return None
-    x, transposed = args
-    if not isinstance(transposed, torch.fx.Node):
-        return None
-    if transposed.target not in (aten.permute.default, aten.t.default):
-        return None
-    weight, *order = transposed.args
-    if order not in ([], [[1, 0]]):
-        return None
-    rows = value(x).shape[0]
-    if not _is_parameter(weight) or not isinstance(rows, int) or not 0 < rows <= MAX_ROWS:
-        return None
-    if bias is not None and value(bias).shape[0] != value(weight).shape[0]:
-        return None
-    return Linear(node, x, weight, bias)  # type: ignore[arg-type]
-
-
-def _source(x: torch.fx.Node) -> tuple[Any, ...]:
-    """What identifies an input: each linear layer views the same activation for itself."""
-    while x.target in VIEWS:
-        x = x.args[0]  # type: ignore[assignment]
-    return (x,)
 
 
 def merge_linears(graph: torch.fx.Graph) -> int:
     """Merges linear layers with a common input; returns the number of groups."""
     groups: dict[tuple[Any, ...], list[Linear]] = {}
     for node in graph.nodes:
-        linear = as_linear(node) if node.op == "call_function" else None
+        linear = as_linear(node) if node.target in PRODUCTS else None
         if linear is not None:
-            key = (*_source(linear.x), str(list(value(linear.x).shape)), linear.bias is None)
+            key = (base_of(linear.x), str(list(value(linear.x).shape)), len(linear.biases))
             groups.setdefault(key, []).append(linear)
     count = 0
     for group in groups.values():
+        number = rows(group[0])
+        if number is None or not 0 < number <= MAX_ROWS:
+            if len(group) > 1:
+                what = "a symbolic number of" if number is None else str(number)
+                decline(group[0].node, f"{len(group)} layers share {what} rows: at most {MAX_ROWS}")
+            continue
         for start in range(0, len(group) - 1, MAX_WEIGHTS):
             members = group[start : start + MAX_WEIGHTS]
             if len(members) > 1:
@@ -98,12 +57,20 @@ def merge_linears(graph: torch.fx.Graph) -> int:
     return count
 
 
+def _available(parameter: torch.fx.Node, at: torch.fx.Node) -> torch.fx.Node:
+    """A parameter, or some of its rows, to be read at a node: cut anew where it is cut later."""
+    if parameter < at:
+        return parameter
+    sources = {source: _available(source, at) for source in parameter.all_input_nodes}
+    with at.graph.inserting_before(at):
+        return at.graph.node_copy(parameter, sources.__getitem__)
+
+
 def _merge(members: list[Linear]) -> None:
     first = members[0]
-    weights = [m.weight for m in members]
-    biases = [m.bias for m in members if m.bias is not None]
+    weights = [_available(weight, first.node) for m in members for weight in m.weights]
+    biases = [_available(bias, first.node) for m in members for bias in m.biases]
     many = insert(first.node, ours.linear_many.default, (first.x, weights, biases))
-    # At the first product all that is needed, the input and parameters, is there already.
     outputs = [insert(first.node, operator.getitem, (many, i)) for i in range(len(members))]
     for member, output in zip(members, outputs, strict=True):
         output.meta.update(

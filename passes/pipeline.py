@@ -14,7 +14,8 @@ import functools
 import hashlib
 import logging
 import time
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -24,14 +25,25 @@ import triton_only_backend.kernels
 from triton_only_backend.passes.capture_attention import capture_attention
 from triton_only_backend.passes.fold_broadcast_bmm import fold_broadcast_bmm
 from triton_only_backend.passes.fold_kv_expand import fold_kv_expand
+from triton_only_backend.passes.fold_masks import fold_masks
+from triton_only_backend.passes.fuse_epilogue import fuse_epilogue
+from triton_only_backend.passes.fuse_norm import fuse_norm
+from triton_only_backend.passes.fuse_rope_cache import fuse_rope_cache
+from triton_only_backend.passes.keep_last_position import keep_last_position
+from triton_only_backend.passes.merge_counters import merge_counters
 from triton_only_backend.passes.merge_linears import merge_linears
+from triton_only_backend.passes.refusal import DECLINED_KEY, META_KEY
 from triton_only_backend.passes.rewrite_attention import rewrite_attention
 from triton_only_backend.passes.rewrite_matmul import rewrite_matmul
+from triton_only_backend.passes.rewrite_seeds import rewrite_seeds
+from triton_only_backend.passes.sdpa_to_flex import sdpa_to_flex
+from triton_only_backend.passes.split_argmax import split_argmax
+from triton_only_backend.passes.split_gate import split_gate
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Mapping
 
-log = logging.getLogger("triton_only_backend")
+log = logging.getLogger("triton_only")
 
 Stage = Literal["dynamo", "joint", "aten", "sweep"]
 
@@ -46,12 +58,24 @@ class Pass:
 
 
 PIPELINE: tuple[Pass, ...] = (
+    Pass("sdpa_to_flex", "dynamo", sdpa_to_flex),
     Pass("capture_attention", "dynamo", capture_attention),
     Pass("rewrite_attention", "joint", rewrite_attention),
+    Pass("rewrite_seeds", "joint", rewrite_seeds),
+    Pass("fold_masks", "joint", fold_masks),
+    Pass("fold_kv_expand", "joint", fold_kv_expand),
+    Pass("rewrite_seeds", "aten", rewrite_seeds),
     Pass("fold_kv_expand", "aten", fold_kv_expand),
     Pass("fold_broadcast_bmm", "aten", fold_broadcast_bmm),
     Pass("rewrite_matmul", "aten", rewrite_matmul),
+    Pass("keep_last_position", "aten", keep_last_position),
+    Pass("split_gate", "aten", split_gate),
+    Pass("fuse_epilogue", "aten", fuse_epilogue),
     Pass("merge_linears", "aten", merge_linears),
+    Pass("fuse_norm", "aten", fuse_norm),
+    Pass("fuse_rope_cache", "aten", fuse_rope_cache),
+    Pass("merge_counters", "aten", merge_counters),
+    Pass("split_argmax", "aten", split_argmax),
     Pass("rewrite_matmul", "sweep", rewrite_matmul),
 )
 NAMES = tuple(dict.fromkeys(p.name for p in PIPELINE))
@@ -59,12 +83,19 @@ NAMES = tuple(dict.fromkeys(p.name for p in PIPELINE))
 
 @dataclass(frozen=True)
 class PassResult:
-    """What one pass did to one graph: how often it fired, in how many seconds."""
+    """What one pass did to one graph.
+
+    Attributes:
+        fired: how often.
+        seconds: how long it took.
+        refusals: what it declined to rewrite, each with the facts, and how often.
+    """
 
     name: str
     stage: Stage
     fired: int
     seconds: float
+    refusals: Mapping[str, int] = field(default_factory=dict)
 
 
 def run_stage(
@@ -89,6 +120,7 @@ def run_on_graph(
             continue
         if log.isEnabledFor(logging.DEBUG):
             log.debug("before %s (%s):\n%s", graph_pass.name, stage, graph)
+        before = {id(refusal) for refusal in _refusals(graph)}
         start = time.perf_counter()
         fired = graph_pass.run(graph)
         if fired:
@@ -96,9 +128,21 @@ def run_on_graph(
                 graph.eliminate_dead_code()
             graph.lint()
         seconds = time.perf_counter() - start
-        results.append(PassResult(graph_pass.name, stage, fired, seconds))
-        log.info("pass %s (%s): %d, %.1f ms", graph_pass.name, stage, fired, seconds * 1e3)
+        declined = [refusal for refusal in _refusals(graph) if id(refusal) not in before]
+        refusals = Counter(refusal["detail"] for refusal in declined)
+        results.append(PassResult(graph_pass.name, stage, fired, seconds, dict(refusals)))
+        log.info(
+            "pass %s (%s): fired %d, declined %d, %.1f ms",
+            graph_pass.name, stage, fired, len(declined), seconds * 1e3,
+        )  # fmt: skip
+        for detail, count in refusals.items():
+            log.info("  declined %d: %s", count, detail)
     return results
+
+
+def _refusals(graph: torch.fx.Graph) -> list[Mapping[str, str]]:
+    keys = (META_KEY, DECLINED_KEY)
+    return [node.meta[key] for node in graph.nodes for key in keys if key in node.meta]
 
 
 @functools.cache

@@ -1,0 +1,599 @@
+"""Fusion around the products and attention: what each pass finds, what it makes, what it leaves."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+import expecttest
+import pytest
+import torch
+import torch.nn.functional as F
+from torch._subclasses import FakeTensorMode
+
+import triton_only_backend  # noqa: F401
+from triton_only_backend import inductor
+from triton_only_backend.passes import pipeline
+from triton_only_backend.passes.activations import as_activation
+from triton_only_backend.passes.fuse_norm import as_norm
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ours = torch.ops.triton_only
+aten = torch.ops.aten
+
+
+def random(*shape, dtype=torch.float32):
+    return torch.randn(shape, device=DEVICE).to(dtype)
+
+
+def trace(function, *args):
+    """The graph of a function as Inductor has it before our passes."""
+    with FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(arg) for arg in args]
+    return inductor.decompose(torch.func.functionalize(function), fakes)
+
+
+def run(gm, *disabled):
+    """Runs the passes of the aten stage; returns how often each of them fired."""
+    results = pipeline.run_stage("aten", gm, disabled)
+    return {r.name: r.fired for r in results if r.fired and r.name != "rewrite_matmul"}
+
+
+def fuse(function, *args):
+    gm = trace(function, *args)
+    fired = run(gm)
+    assert run(gm) == {}, "the passes are not idempotent"
+    return gm, fired
+
+
+def targets(gm):
+    return Counter(str(n.target) for n in gm.graph.nodes if n.op == "call_function")
+
+
+def options(gm):
+    """The keyword arguments of each fused linear layer, tensors by their shapes."""
+    return [
+        {k: list(v.meta["val"].shape) if isinstance(v, torch.fx.Node) else v for k, v in n.kwargs.items()}
+        for n in gm.graph.find_nodes(op="call_function", target=ours.linear_fused.default)
+    ]  # fmt: skip
+
+
+def assert_same(gm, function, *args):
+    """As exact as the function itself, measured against fp64."""
+    exact = function(*(a.double() if a.is_floating_point() else a for a in args))
+    actual, plain = gm(*args), function(*args)
+    if not isinstance(exact, tuple):
+        actual, plain, exact = (actual,), (plain,), (exact,)
+    for a, p, e in zip(actual, plain, exact, strict=True):
+        error, plain_error = ((t.double() - e).norm().item() for t in (a, p))
+        assert a.shape == p.shape
+        assert a.dtype == p.dtype
+        assert error <= 2 * plain_error + 1e-6 * e.norm().item()
+
+
+ACTIVATIONS = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+}
+BY_HAND = {
+    "silu": lambda x: x * torch.sigmoid(x),
+    "gelu_tanh": lambda x: (
+        0.5 * x * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * torch.pow(x, 3.0))))
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", [*ACTIVATIONS, *(f"{name} by hand" for name in BY_HAND)])
+def test_activations_are_recognised(name, dtype):
+    written = BY_HAND[name.split()[0]] if "by hand" in name else ACTIVATIONS[name]
+    gm = trace(lambda x: written(x), random(2, 3, 4, dtype=dtype))
+    found = [as_activation(n) for n in gm.graph.nodes if n.op == "call_function"]
+    assert found[-1] is not None
+    assert found[-1][0] == name.split()[0]
+    assert found[-1][1].op == "placeholder"
+    # On the way to it nothing passes for another one, but for what it is made of.
+    assert {f[0] for f in found[:-1] if f} <= {"sigmoid", "tanh", name.split()[0]}
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5])
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activation_after_a_linear_layer(name, rows):
+    def model(x, weight, bias):
+        return ACTIVATIONS[name](F.linear(x, weight, bias))
+
+    args = (random(rows, 1, 32), random(24, 32), random(24))
+    gm, fired = fuse(model, *args)
+    assert fired == {"fuse_epilogue": 1}
+    assert options(gm) == [{"activation": name}]
+    assert_same(gm, model, *args)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("with_bias", [False, True], ids=["plain", "bias"])
+@pytest.mark.parametrize("swapped", [False, True], ids=["act-gate", "up-first"])
+@pytest.mark.parametrize("rows", [2, 6])
+def test_gated_mlp_is_one_product(rows, swapped, with_bias, dtype):
+    def model(x, gate, up, gate_bias, up_bias):
+        biases = (gate_bias, up_bias) if with_bias else (None, None)
+        first, second = F.silu(F.linear(x, gate, biases[0])), F.linear(x, up, biases[1])
+        return second * first if swapped else first * second
+
+    args = (random(rows, 1, 32, dtype=dtype), *(random(24, 32, dtype=dtype) for _ in range(2)))
+    args += tuple(random(24, dtype=dtype) for _ in range(2))
+    gm, fired = fuse(model, *args)
+    assert fired == {"fuse_epilogue": 2}
+    assert options(gm) == [{"activation": "silu", "gated": True}]
+    assert_same(gm, model, *args)
+
+
+@pytest.mark.parametrize("with_bias", [False, True], ids=["plain", "bias"])
+@pytest.mark.parametrize("cut", ["chunk", "slices", "up first"])
+@pytest.mark.parametrize("rows", [2, 6])
+def test_gate_and_up_in_one_weight(rows, cut, with_bias):
+    def model(x, weight, bias):
+        both = F.linear(x, weight, bias if with_bias else None)
+        if cut == "slices":
+            gate, up = both[..., :24], both[..., 24:]
+        else:
+            gate, up = both.chunk(2, dim=-1)
+        return F.silu(up) * gate if cut == "up first" else F.silu(gate) * up
+
+    args = (random(rows, 1, 32), random(48, 32), random(48))
+    gm, fired = fuse(model, *args)
+    assert fired == {"split_gate": 1, "fuse_epilogue": 2}
+    assert options(gm) == [{"activation": "silu", "gated": True}]
+    assert_same(gm, model, *args)
+
+
+def test_merged_weights_left_alone():
+    def read_besides(x, weight):
+        both = F.linear(x, weight)
+        gate, up = both.chunk(2, dim=-1)
+        return F.silu(gate) * up, both.sum()
+
+    def no_gate(x, weight):
+        a, b = F.linear(x, weight).chunk(2, dim=-1)
+        return a * b.cos()
+
+    def the_same_half(x, weight):
+        gate, _ = F.linear(x, weight).chunk(2, dim=-1)
+        return F.silu(gate) * gate
+
+    def other_cut(x, weight):
+        a, b = F.linear(x, weight).split([16, 32], dim=-1)
+        return F.silu(a) * b[..., :16]
+
+    for model in (read_besides, no_gate, the_same_half, other_cut):
+        args = (random(4, 32), random(48, 32))
+        gm, fired = fuse(model, *args)
+        assert "split_gate" not in fired, model
+        assert_same(gm, model, *args)
+
+
+class TestGraphs(expecttest.TestCase):
+    def test_llama_block(self):
+        def norm(x, weight):
+            wide = x.float()
+            scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5)
+            return weight * (wide * scale).to(x.dtype)
+
+        def model(x, weight, gate, up, down):
+            h = norm(x, weight)
+            return x + F.linear(F.silu(F.linear(h, gate)) * F.linear(h, up), down)
+
+        dtype = torch.bfloat16
+        args = (random(2, 1, 32, dtype=dtype), random(32, dtype=dtype))
+        args += tuple(random(*s, dtype=dtype) for s in ((24, 32), (24, 32), (32, 24)))
+        gm, fired = fuse(model, *args)
+        self.assertEqual(fired, {"fuse_epilogue": 3, "fuse_norm": 1})
+        self.assertExpectedInline(
+            "\n".join(
+                f"{n.name} = {n.target}({', '.join(map(str, n.args))}"
+                + "".join(f", {k}={v}" for k, v in n.kwargs.items()) + ")"
+                for n in gm.graph.nodes
+                if n.op == "call_function" and n.target is not aten.permute.default
+            ),
+            """\
+reshape_default_4 = aten.reshape.default(x_1, [2, 32])
+linear_fused_default_3 = triton_only.linear_fused.default(reshape_default_4, [gate_1, up_1], [], activation=silu, gated=True, norm_weight=weight_1, norm_eps=1e-05)
+getitem_1 = <built-in function getitem>(linear_fused_default_3, 0)
+reshape_default_1 = aten.reshape.default(getitem_1, [2, 1, 24])
+view_4 = aten.view.default(reshape_default_1, [2, 24])
+reshape_default_2 = aten.reshape.default(x_1, [2, 32])
+linear_fused_default_2 = triton_only.linear_fused.default(view_4, [down_1], [], residual=reshape_default_2)
+getitem_2 = <built-in function getitem>(linear_fused_default_2, 0)
+reshape_default_3 = aten.reshape.default(getitem_2, [2, 1, 32])""",
+        )  # fmt: skip
+        assert_same(gm, model, *args)
+
+
+def test_residual_scale_and_multiplier():
+    def model(x, weight, bias, residual, factor):
+        return residual + F.linear(x, weight, bias) * factor * 0.22
+
+    args = (random(4, 1, 32), random(24, 32), random(24), random(4, 1, 24), random(4, 1, 24))
+    gm, fired = fuse(model, *args)
+    assert fired == {"fuse_epilogue": 3}
+    assert options(gm) == [{"multiplier": [4, 24], "scale": 0.22, "residual": [4, 24]}]
+    assert_same(gm, model, *args)
+
+
+def test_the_later_of_two_products_takes_the_earlier_as_residual():
+    def model(x, first, second):
+        return F.linear(x, first) + F.linear(x, second)
+
+    args = (random(4, 32), random(24, 32), random(24, 32))
+    gm, fired = fuse(model, *args)
+    assert fired == {"fuse_epilogue": 1}
+    assert_same(gm, model, *args)
+
+
+def left_alone():
+    """Names, models and arguments of what fuse_epilogue must not touch."""
+    x, w, v = random(4, 32), random(24, 32), random(24, 32)
+    yield "result used twice", lambda x, w: (lambda y: (F.silu(y), y))(F.linear(x, w)), (x, w)
+    yield "computed weight", lambda x, w: F.silu(F.linear(x, w.sin())), (x, w)
+    yield "broadcast addend", lambda x, w, b: F.linear(x, w) + b, (x, w, random(4, 1))
+    yield "other dtype", lambda x, w, r: F.linear(x, w) + r, (x, w, random(4, 24).double())
+    yield "subtraction", lambda x, w, r: r - F.linear(x, w), (x, w, random(4, 24))
+    yield "another activation", lambda x, w: F.softplus(F.linear(x, w)), (x, w)
+    yield "activation after scale", lambda x, w: F.silu(F.linear(x, w) * 2.0).sum(), (x, w)
+    yield (
+        "gates of two inputs, both wanted",
+        lambda x, w, v: (lambda a, b: (a * b, a, b))(F.linear(x, w), F.linear(x.cos(), v)),
+        (x, w, v),
+    )
+
+
+@pytest.mark.parametrize(
+    "name, model, args", left_alone(), ids=lambda v: v if isinstance(v, str) else ""
+)
+def test_epilogues_left_alone(name, model, args):
+    gm, fired = fuse(model, *args)
+    expected = {"fuse_epilogue": 1} if name == "activation after scale" else {}
+    assert fired == expected
+    assert_same(gm, model, *args)
+
+
+# RMSNorm
+
+
+def llama_norm(x, weight):
+    wide = x.to(torch.float32)
+    variance = wide.pow(2).mean(-1, keepdim=True)
+    return weight * (wide * torch.rsqrt(variance + 1e-5)).to(x.dtype)
+
+
+def meta_norm(x, weight):
+    wide = x.float()
+    return (wide * torch.rsqrt(torch.mean(wide * wide, dim=-1, keepdim=True) + 1e-5)).type_as(
+        x
+    ) * weight
+
+
+def gemma_norm(x, weight):
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5)
+    return (wide * (1.0 + weight.float())).type_as(x)
+
+
+def torch_norm(x, weight):
+    return F.rms_norm(x, (x.shape[-1],), weight, 1e-5)
+
+
+NORMS = {"llama": llama_norm, "meta": meta_norm, "gemma": gemma_norm, "torch": torch_norm}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("name", NORMS)
+def test_norm_goes_into_its_linear_layers(name, rows, dtype):
+    def model(x, weight, q, k, v):
+        h = NORMS[name](x, weight)
+        return F.linear(h, q), F.linear(h, k), F.linear(h, v)
+
+    args = (random(rows, 1, 32, dtype=dtype), random(32, dtype=dtype))
+    args += tuple(random(n, 32, dtype=dtype) for n in (24, 8, 8))
+    gm, fired = fuse(model, *args)
+    assert fired == {"merge_linears": 1, "fuse_norm": 1}
+    (kwargs,) = options(gm)
+    assert math.isclose(kwargs["norm_eps"], 1e-5, rel_tol=1e-6)
+    assert kwargs.get("norm_offset", 0.0) == (1.0 if name == "gemma" else 0.0)
+    assert aten.rsqrt.default not in {n.target for n in gm.graph.nodes}
+    assert_same(gm, model, *args)
+
+
+def test_norms_left_alone():
+    def more_rows(x, weight, q):
+        return F.linear(llama_norm(x, weight), q)
+
+    def read_by_something_else(x, weight, q):
+        h = llama_norm(x, weight)
+        return F.linear(h, q), h.sum()
+
+    def not_a_norm(x, weight, q):
+        wide = x.float()
+        return F.linear(weight * (wide * torch.rsqrt(wide.pow(2).sum(-1, keepdim=True) + 1e-5)), q)
+
+    def another_rows_scale(x, weight, q):
+        wide = x.float()
+        scale = torch.rsqrt(wide.flip(0).pow(2).mean(-1, keepdim=True) + 1e-5)
+        return F.linear(weight * (wide * scale), q)
+
+    for model, rows in (
+        (more_rows, 3), (read_by_something_else, 2), (not_a_norm, 2), (another_rows_scale, 2),
+    ):  # fmt: skip
+        args = (random(rows, 32), random(32), random(24, 32))
+        gm, fired = fuse(model, *args)
+        assert fired == {}, model
+        assert_same(gm, model, *args)
+
+
+def test_a_norm_over_another_dimension_is_none():
+    def model(x, weight):
+        return weight * (x * torch.rsqrt(x.pow(2).mean(0, keepdim=True) + 1e-5))
+
+    gm = trace(model, random(4, 4), random(4))
+    assert [as_norm(n) for n in gm.graph.nodes if n.op == "call_function"][-1] is None
+
+
+# rotary embedding, cache and attention
+
+
+def rotate_half(x, cos, sin):
+    half = x.shape[-1] // 2
+    return x * cos + torch.cat((-x[..., half:], x[..., :half]), -1) * sin
+
+
+def rotate_pairs(x, table):
+    pairs = x.float().reshape(*x.shape[:-1], -1, 2)
+    table = table.view(1, pairs.size(1), 1, pairs.size(3), 2)
+    rotated = torch.stack(
+        [
+            pairs[..., 0] * table[..., 0] - pairs[..., 1] * table[..., 1],
+            pairs[..., 1] * table[..., 0] + pairs[..., 0] * table[..., 1],
+        ],
+        -1,
+    )
+    return rotated.flatten(3).type_as(x)
+
+
+def halves_model(q, k, v, cos, sin, keys, values, position, mask):
+    q, k = rotate_half(q, cos[:, None], sin[:, None]), rotate_half(k, cos[:, None], sin[:, None])
+    keys.index_copy_(2, position, k)
+    values.index_copy_(2, position, v)
+    return F.scaled_dot_product_attention(q, keys, values, mask, enable_gqa=True)
+
+
+def pairs_model(q, k, v, cos, sin, keys, values, position, mask):
+    table = torch.stack([cos[0, :, :8], sin[0, :, :8]], -1)
+    q = rotate_pairs(q.transpose(1, 2), table).transpose(1, 2)
+    k = rotate_pairs(k.transpose(1, 2), table).transpose(1, 2)
+    keys[:, :, position] = k
+    values[:, :, position] = v
+    return F.scaled_dot_product_attention(q, keys, values, mask, enable_gqa=True)
+
+
+def plain_model(q, k, v, cos, sin, keys, values, position, mask):
+    keys.index_copy_(2, position, k.cos())
+    values.index_copy_(2, position, v)
+    return F.scaled_dot_product_attention(q, keys, values, mask, enable_gqa=True)
+
+
+def decode_arguments(length=1, dtype=torch.float32, slots=24, position=7):
+    q, k, v = (random(2, n, length, 16, dtype=dtype) for n in (4, 2, 2))
+    angles = random(1, length, 8)
+    cos, sin = (torch.cat([f(angles)] * 2, -1).to(dtype) for f in (torch.cos, torch.sin))
+    keys, values = (random(2, 2, slots, 16, dtype=dtype) for _ in range(2))
+    positions = torch.arange(position, position + length, device=DEVICE)
+    mask = torch.arange(slots, device=DEVICE)[None] <= positions[:, None]
+    return [q, k, v, cos, sin, keys, values, positions, mask[None, None]]
+
+
+def compile_step(function, **options):
+    return torch.compile(function, backend="triton_only", fullgraph=True, options=options)
+
+
+def fired_passes(function, args):
+    """How often each pass fires when the function is compiled, and what it computes."""
+    seen = []
+    original = pipeline.run_stage
+
+    def run_stage(stage, gm, disabled=()):
+        results = original(stage, gm, disabled)
+        seen.extend(r for r in results if r.fired)
+        return results
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "run_stage", run_stage)
+        with torch.no_grad():
+            result = compile_step(function)(*args)
+    return {r.name: r.fired for r in seen}, result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("model", [halves_model, pairs_model, plain_model])
+def test_decoding_writes_the_cache_and_attends_in_one_op(model, dtype):
+    args, reference = decode_arguments(dtype=dtype), decode_arguments()
+    for mine, other in zip(args, reference, strict=True):
+        other.copy_(mine)
+    fired, result = fired_passes(model, args)
+    assert fired["fuse_rope_cache"] == 1
+    with torch.no_grad():
+        expected = model(*reference)
+    tolerance = (
+        {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
+    )
+    torch.testing.assert_close(result.float(), expected, **tolerance)
+    for mine, other in zip(args[5:7], reference[5:7], strict=True):
+        torch.testing.assert_close(mine.float(), other, **tolerance)
+        untouched = torch.arange(24, device=DEVICE) != 7
+        assert torch.equal(mine[:, :, untouched].float(), other[:, :, untouched])
+
+
+def test_a_negative_position_counts_from_the_end():
+    def model(q, k, v, cos, sin, keys, values, position, mask):
+        keys[:, :, position] = k
+        values[:, :, position] = v
+        return F.scaled_dot_product_attention(q, keys, values, mask, enable_gqa=True)
+
+    args, reference = decode_arguments(), decode_arguments()
+    for mine, other in zip(args, reference, strict=True):
+        other.copy_(mine)
+    args[7].fill_(-3)
+    reference[7].fill_(21)
+    fired, result = fired_passes(model, args)
+    assert fired["fuse_rope_cache"] == 1
+    torch.testing.assert_close(result, model(*reference), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(args[5:7], reference[5:7])
+
+
+def test_decoding_left_alone():
+    def reads_the_cache(*args):
+        return halves_model(*args), args[5].sum()
+
+    def other_positions(q, k, v, cos, sin, keys, values, position, mask):
+        keys.index_copy_(2, position, k)
+        values.index_copy_(2, position + 1, v)
+        return F.scaled_dot_product_attention(q, keys, values, mask, enable_gqa=True)
+
+    def returned_cache(q, k, v, cos, sin, keys, values, position, mask):
+        keys = keys.index_copy(2, position, k)
+        values = values.index_copy(2, position, v)
+        return F.scaled_dot_product_attention(q, keys, values, mask, enable_gqa=True), keys
+
+    def capped(q, k, v, cos, sin, keys, values, position, mask):
+        keys.index_copy_(2, position, k)
+        values.index_copy_(2, position, v)
+        op = torch.ops.triton_only.attention
+        return op(q, keys, values, mask, enable_gqa=True, softcap=3.0)
+
+    for model, args in (
+        (halves_model, decode_arguments(length=3)),
+        (capped, decode_arguments()),
+        (reads_the_cache, decode_arguments()),
+        (other_positions, decode_arguments()),
+        (returned_cache, decode_arguments()),
+    ):
+        reference = [a.clone() for a in args]
+        fired, result = fired_passes(model, args)
+        assert "fuse_rope_cache" not in fired, model
+        with torch.no_grad():
+            torch.testing.assert_close(result, model(*reference), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(args, reference)
+
+
+# the last position, counters
+
+
+@pytest.mark.parametrize("keep", ["select", "slice", "first"])
+def test_only_kept_positions_are_multiplied(keep):
+    def model(x, weight, bias):
+        scores = F.linear(x, weight, bias)
+        kept = {"select": scores[:, -1], "slice": scores[:, -2:], "first": scores[:, 0]}
+        return kept[keep]
+
+    args = (random(2, 5, 32), random(24, 32), random(24))
+    gm, fired = fuse(model, *args)
+    assert fired == {"keep_last_position": 1}
+    (product,) = gm.graph.find_nodes(op="call_function", target=ours.addmm.default)
+    assert list(product.meta["val"].shape) == [4 if keep == "slice" else 2, 24]
+    assert_same(gm, model, *args)
+
+
+def test_positions_left_alone():
+    def channels(x, weight):
+        return F.linear(x, weight)[..., 3]
+
+    def all_positions_too(x, weight):
+        scores = F.linear(x, weight)
+        return scores[:, -1], scores.sum()
+
+    for model in (channels, all_positions_too):
+        args = (random(2, 5, 32), random(24, 32))
+        gm, fired = fuse(model, *args)
+        assert fired == {}, model
+        assert_same(gm, model, *args)
+
+
+def test_counters_advance_in_one_kernel():
+    def model(x, a, b, c, d):
+        for counter in (a, b, c):
+            counter.add_(1)
+        d.add_(2)
+        return x + a + b + c + d
+
+    def alone(x, a, b, c, d):
+        for counter in (a, b, c):
+            counter.add_(1)
+        d.add_(2)
+        return x * 2
+
+    def counters():
+        return [torch.tensor(n, device=DEVICE) for n in (3, 5, 7, 9)]
+
+    for function, merged in ((model, 0), (alone, 1)):
+        args = [random(4), *counters()]
+        fired, result = fired_passes(function, args)
+        assert fired.get("merge_counters", 0) == merged
+        assert [int(a) for a in args[1:]] == [4, 6, 8, 11]
+        torch.testing.assert_close(result, function(args[0].clone(), *counters()))
+
+
+@pytest.mark.parametrize("keepdim", [False, True])
+@pytest.mark.parametrize("shape", [(2, 12000), (1, 1, 8192), (3, 50257)], ids=str)
+def test_argmax_of_long_rows(shape, keepdim):
+    def model(x):
+        return x.argmax(-1, keepdim=keepdim)
+
+    x = random(*shape).round()  # so that the largest appears more than once
+    x[..., -1] = x[..., 7] = 99.0
+    gm, fired = fuse(model, x)
+    assert fired == {"split_argmax": 1}
+    assert torch.equal(gm(x), model(x))
+    compiled = torch.compile(model, backend="triton_only")
+    assert torch.equal(compiled(x), model(x))
+    x[..., 4321] = math.nan
+    assert torch.equal(gm(x), model(x))
+
+
+@pytest.mark.parametrize("shape", [(2, 4000), (100, 12000), (2, 12007)], ids=str)
+def test_argmax_left_alone(shape):
+    _, fired = fuse(lambda x: x.argmax(-1), random(*shape))
+    assert fired == {}
+
+
+def test_each_pass_can_be_left_out():
+    def model(x, weight, gate, up, down):
+        h = llama_norm(x, weight)
+        return x + F.linear(F.silu(F.linear(h, gate)) * F.linear(h, up), down)
+
+    args = (random(2, 32), random(32), random(24, 32), random(24, 32), random(32, 24))
+    for name in ("fuse_epilogue", "fuse_norm"):
+        gm = trace(model, *args)
+        assert name not in run(gm, name)
+        assert_same(gm, model, *args)
+
+
+def test_gradients_are_not_disturbed():
+    class Block(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = torch.nn.RMSNorm(16)
+            self.gate, self.up, self.down = (torch.nn.Linear(16, 16) for _ in range(3))
+
+        def forward(self, x):
+            h = self.norm(x)
+            return x + self.down(F.silu(self.gate(h)) * self.up(h))
+
+    model, x = Block().to(DEVICE), random(2, 16).requires_grad_()
+    expected = torch.autograd.grad(model(x).sum(), [x, *model.parameters()])
+    actual = torch.autograd.grad(
+        torch.compile(model, backend="triton_only")(x).sum(), [x, *model.parameters()]
+    )
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
