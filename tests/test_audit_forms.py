@@ -6,7 +6,7 @@ import json
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -26,6 +26,7 @@ from triton_only_backend.audit import (
     reading,
 )
 from triton_only_backend.audit.kernel_report import KernelEvent, report_of
+from triton_only_backend.audit.places import source_line
 from triton_only_backend.errors import AuditError
 
 TRITON, CUDNN = Provider.TRITON_INDUCTOR, Provider.CUDNN
@@ -248,7 +249,10 @@ def test_layers_that_only_some_globs_allow_are_told_apart() -> None:
     ops = [graph_op("aten.mm.default", f"mm{i}", module_path=f"layers.{i}") for i in range(4)]
     found = AuditReport.from_graph(ops, None, allow=["layers.0::aten.mm*", "layers.2::cublas"])
     assert found.findings[0].modules == ("layers.1", "layers.3")
-    assert found.allowed[0].modules == ("layers.0", "layers.2")
+    assert [(f.modules, f.allowed_by) for f in found.allowed] == [
+        (("layers.0",), "layers.0::aten.mm*"),
+        (("layers.2",), "layers.2::cublas"),
+    ]
 
 
 def test_copies_and_communication_are_listed_apart(report: AuditReport) -> None:
@@ -288,6 +292,50 @@ def test_cudagraphs_are_merged_and_explained(report: AuditReport) -> None:
     for form in (report.to_text(), report.to_markdown(), page_text(report.to_html())):
         assert "CUDA graphs: skipped for 1 reason" in form
         assert "mark_static_address" in form.replace("\\_", "_")
+
+
+# Passes
+
+
+class Result(NamedTuple):
+    """What a pass gives."""
+
+    name: str
+    fired: int
+    refusals: dict[str, int]
+
+
+def test_what_the_passes_did_is_told_in_every_form() -> None:
+    results = [Result("fold", 0, {}), Result("rewrite", 2, {"float64": 1}), Result("fold", 3, {})]
+    parts = [
+        AuditReport.from_graph([], [kernel()], graph_name=name, passes=results)
+        for name in ("graph 0 (forward)", "graph 0 (backward)")
+    ]
+    assert [(row.name, row.graph, row.fired) for row in parts[0].passes] == [
+        ("fold", "graph 0 (forward)", 3),
+        ("rewrite", "graph 0 (forward)", 2),
+    ]
+    merged = AuditReport.merge(parts)
+    assert AuditReport.from_json(merged.to_json()) == merged
+    text = merged.to_text()
+    assert re.search(r"fold +6\b", text)
+    assert re.search(r"rewrite +4 +2 × float64", text)
+    assert "| rewrite | 4 | 2 × float64 |" in merged.to_markdown()
+    assert re.search(r"rewrite\s*4\s*2 × float64", page_text(merged.to_html()))
+
+
+def test_reports_of_before_the_passes_were_told_are_read(report: AuditReport) -> None:
+    data = json.loads(report.to_json())
+    del data["passes"]
+    for item in (*data["findings"], *data["allowed"], *data["listed"], *data["notes"]):
+        del item["allowed_by"]
+    assert AuditReport.from_dict(data).findings == report.findings
+
+
+def test_the_glob_that_allows_is_told() -> None:
+    ops = [graph_op("aten.sort.default", "sort")]
+    found = AuditReport.from_graph(ops, None, allow=["aten.mm*", "aten.sort*", "*"])
+    assert [f.allowed_by for f in found.allowed] == ["aten.sort*"]
 
 
 # JSON
@@ -508,6 +556,82 @@ def test_every_provider_has_a_colour() -> None:
 # SARIF
 
 
+def an_object(required: str = "", **properties: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "type": "object",
+        "properties": {key.replace("S_", "$"): value for key, value in properties.items()},
+        "required": required.split(),
+        "additionalProperties": False,
+    }
+
+
+def many(name: str) -> dict[str, Any]:
+    return {"type": "array", "items": one(name)}
+
+
+def one(name: str) -> dict[str, Any]:
+    return {"$ref": f"#/$defs/{name}"}
+
+
+TEXT = {"type": "string"}
+LEVEL = {"enum": ["none", "note", "warning", "error"]}
+BAG = {"type": "object"}
+# What OASIS' schema of SARIF 2.1.0 (errata 01) allows and requires, of the objects that we write.
+SARIF: dict[str, Any] = {
+    "log": an_object("version runs", S_schema=TEXT, version={"const": "2.1.0"}, runs=many("run")),
+    "run": an_object(
+        "tool",
+        tool=an_object("driver", driver=one("component")),
+        originalUriBaseIds={"type": "object", "additionalProperties": one("artifactLocation")},
+        columnKind={"enum": ["utf16CodeUnits", "unicodeCodePoints"]},
+        results=many("result"),
+    ),
+    "component": an_object("name", name=TEXT, semanticVersion=TEXT, rules=many("descriptor")),
+    "descriptor": an_object(
+        "id",
+        id=TEXT,
+        name=TEXT,
+        shortDescription=one("message"),
+        help=one("message"),
+        defaultConfiguration=an_object(level=LEVEL),
+    ),
+    "message": an_object("text", text=TEXT),
+    "result": an_object(
+        "message",
+        ruleId=TEXT,
+        ruleIndex={"type": "integer", "minimum": 0},
+        level=LEVEL,
+        message=one("message"),
+        locations=many("location"),
+        partialFingerprints={"type": "object", "additionalProperties": TEXT},
+        baselineState={"enum": ["new", "unchanged", "updated", "absent"]},
+        properties=BAG,
+    ),
+    "location": an_object(
+        physicalLocation=an_object(
+            "artifactLocation",
+            artifactLocation=one("artifactLocation"),
+            region=an_object("startLine", startLine={"type": "integer", "minimum": 1}),
+        ),
+        logicalLocations=many("logicalLocation"),
+    ),
+    "artifactLocation": an_object(uri=TEXT, uriBaseId=TEXT),
+    "logicalLocation": an_object(fullyQualifiedName=TEXT, kind=TEXT),
+}
+
+
+def test_sarif_is_what_the_standard_allows(report: AuditReport) -> None:
+    logs = [report.to_sarif(), report.to_sarif(AuditReport()), AuditReport().to_sarif()]
+    assert logs[0]["runs"][0]["results"]
+    assert logs[1]["runs"][0]["results"][0]["baselineState"] == "new"
+    for log in logs:
+        check(json.loads(json.dumps(log)), one("log"), {"$defs": SARIF})
+    wrong = report.to_sarif()
+    wrong["runs"][0]["results"][0]["severity"] = "error"
+    with pytest.raises(AssertionError, match="severity"):
+        check(wrong, one("log"), {"$defs": SARIF})
+
+
 def test_sarif_points_at_the_line(
     report: AuditReport, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -550,8 +674,8 @@ def test_a_finding_is_the_same_by_op_place_and_reason() -> None:
     first = finding(source_line=at, modules=("layers.0.mlp",), inputs=("f32[2]",))
     moved = finding(source_line="net.py:99 in forward: y", count=4, graph="graph 3 (forward)")
     assert first.identity == moved.identity
-    resumed = "net.py:12 in torch_dynamo_resume_in_forward_at_7: x"
-    assert finding(source_line=resumed).identity == first.identity
+    trace = 'File "net.py", line 12, in torch_dynamo_resume_in_forward_at_7\n    x'
+    assert finding(source_line=source_line(trace)).identity == first.identity
     assert finding(modules=("a.0.b",)).identity == finding(modules=("a.7.b", "a.9.b")).identity
     others = [
         finding("aten.topk.default", source_line=at),

@@ -301,9 +301,9 @@ def test_the_audit_is_an_independent_witness():
 
 def test_the_audit_package_is_callable(monkeypatch):
     asked = []
-    backend = types.ModuleType("triton_only_backend.backend")
-    backend.audit_model = lambda model, *args, **kwargs: asked.append((model, args, kwargs)) or "r"
-    monkeypatch.setitem(sys.modules, "triton_only_backend.backend", backend)
-    monkeypatch.setattr(triton_only_backend, "backend", backend, raising=False)
+    module = types.ModuleType("triton_only_backend.model_audit")
+    module.audit_model = lambda model, *args, **kwargs: asked.append((model, args, kwargs)) or "r"
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(triton_only_backend, "model_audit", module, raising=False)
     assert audit("model", 1, key=2) == "r"
     assert asked == [("model", (1,), {"key": 2})]

@@ -132,8 +132,16 @@ def test_reports_can_be_written():
 class FakeKineto:
     """A device event as Kineto hands it over."""
 
-    def __init__(self, name: str, device: str = "CUDA", activity: str | None = "kernel") -> None:
+    def __init__(
+        self,
+        name: str,
+        device: str = "CUDA",
+        activity: str | None = "kernel",
+        threads: int | None = None,
+    ) -> None:
         self._name, self._device = name, device
+        block = "" if threads is None else f'"grid": [7, 1, 1], "block": [{threads}, 1, 1]'
+        self.metadata_json = lambda: block
         if activity is not None:
             self.activity_type = lambda: activity
         self.is_user_annotation = lambda: "annotation" in (activity or name)
@@ -183,6 +191,23 @@ def test_triton_names_come_from_live_compiled_kernels():
     assert found["planted_kernel"] is Provider.TRITON_OURS
     assert found["loaded_kernel"] is Provider.TRITON_USER
     assert "triton_fake" not in found
+
+
+@pytest.mark.parametrize(
+    ("threads", "provider"),
+    [(128, Provider.TRITON_USER), (256, Provider.UNKNOWN), (None, Provider.TRITON_USER)],
+)
+def test_a_kernel_of_a_triton_kernels_name_but_not_its_blocks_is_not_believed(threads, provider):
+    from triton.compiler.compiler import CompiledKernel
+
+    kernel = CompiledKernel.__new__(CompiledKernel)
+    kernel.name, kernel.src = "copied_name", "kernel.ttir"
+    kernel.metadata = SimpleNamespace(num_warps=4)
+    events = [FakeKineto("copied_name", threads=threads)]
+    results = SimpleNamespace(events=lambda: events)
+    profiler = SimpleNamespace(profiler=SimpleNamespace(kineto_results=results))
+    (found,) = runtime._device_events(profiler)
+    assert found.provider is provider
 
 
 def test_triton_names_come_from_inductors_static_launcher_too():

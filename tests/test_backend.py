@@ -175,7 +175,7 @@ def test_allow_takes_ops_and_providers(pattern, device):
 @pytest.mark.parametrize(("policy", "logged"), [("warn", 1), ("ignore", 0)])
 def test_on_violation(policy, logged, device, caplog):
     x = torch.ones(2, 2, device=device)
-    with caplog.at_level(logging.WARNING, logger="triton_only_backend"):
+    with caplog.at_level(logging.WARNING, logger="triton_only"):
         result = compiled(float64_product, options={"on_violation": policy})(x)
     assert torch.equal(result, float64_product(x))
     assert sum("would run outside Triton" in record.message for record in caplog.records) == logged

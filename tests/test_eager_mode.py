@@ -87,12 +87,23 @@ def test_attention_keeps_our_gradient_outside(device):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("case", ["dropout", "mask gradient", "head dimension"])
+def test_attention_with_dropout_is_ours_too(device):
+    query = torch.randn(1, 2, 4, 8, device=device)
+    outputs = []
+    for seed in (0, 1, 0):
+        torch.manual_seed(seed)
+        output, ops = run(lambda q: F.scaled_dot_product_attention(q, q, q, dropout_p=0.5), query)
+        assert_ours(ops, "random_seeds", "attention")
+        outputs.append(output)
+    assert torch.equal(outputs[0], outputs[2])
+    assert not torch.equal(outputs[0], outputs[1])
+
+
+@pytest.mark.parametrize("case", ["mask gradient", "head dimension"])
 def test_attention_beyond_the_kernels_is_products_and_softmax(case, device):
     query = torch.randn(1, 2, 4, 264 if case == "head dimension" else 8, device=device)
     mask = torch.zeros(4, 4, device=device, requires_grad=case == "mask gradient")
-    dropout = 0.5 if case == "dropout" else 0.0
-    _, ops = run(F.scaled_dot_product_attention, query, query, query, mask, dropout)
+    _, ops = run(F.scaled_dot_product_attention, query, query, query, mask)
     assert_ours(ops, "bmm", "bmm")
 
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from triton_only_backend.errors import SettingsError, nearest
-from triton_only_backend.settings import OWN_OPTIONS, Settings, parse
+from triton_only_backend.settings import OWN_OPTIONS, Settings, from_environment, parse
 
 
 def test_defaults():
     assert parse(environ={}) == Settings(
-        on_violation="error", allow=(), deterministic=True, tuning="shipped",
+        on_violation="error", allow=(), deterministic=True, tuning="shipped", database=None,
         disable_passes=(), report=None, inductor={},
     )  # fmt: skip
 
@@ -54,6 +54,15 @@ def test_deterministic_from_the_environment(text, value):
     assert parse(environ={"TRITON_ONLY_DETERMINISTIC": text}).deterministic is value
 
 
+@pytest.mark.parametrize("tuning", ["heuristic", "shipped", "search"])
+def test_tuning_and_database(tuning):
+    path = Path("somewhere/tuning.db")
+    settings = parse(options={"tuning": tuning, "database": path}, environ={})
+    assert (settings.tuning, settings.database) == (tuning, str(path))
+    environ = {"TRITON_ONLY_TUNING": tuning, "TRITON_ONLY_DATABASE": "none"}
+    assert from_environment(environ) == Settings(tuning=tuning, database="none")
+
+
 def test_lists_become_tuples_and_paths_become_text():
     options = {"allow": ["nccl"], "disable_passes": {"b", "a"}, "report": Path("r.json")}
     settings = parse(options=options, environ={})
@@ -70,7 +79,13 @@ def test_lists_become_tuples_and_paths_become_text():
         (None, {"max_autotun": True}, {}, r"unknown option .*did you mean \"max_autotune\""),
         (None, {"inductor": {}}, {}, "unknown option 'inductor'"),
         (None, {"on_violation": "wran"}, {}, r"option 'on_violation' .*did you mean \"warn\""),
-        (None, {"tuning": "search"}, {}, "option 'tuning' is 'search'.*one of shipped"),
+        (
+            None,
+            {"tuning": "serch"},
+            {},
+            r"option 'tuning' is 'serch'; did you mean \"search\".*one of heuristic, shipped, search",
+        ),
+        (None, {"database": 3}, {}, "option 'database' must be a path or None, got 3"),
         (None, {"allow": "nccl"}, {}, "option 'allow' must be a list of strings, got 'nccl'"),
         (None, {"allow": 5}, {}, "option 'allow' must be a list of strings, got 5"),
         (None, {"disable_passes": [1]}, {}, "option 'disable_passes' must be a list of strings"),
@@ -89,7 +104,10 @@ def test_what_is_unknown_or_unfit_is_named(mode, options, environ, message):
 
 def test_the_key_holds_what_decides_the_code():
     """Every own option changes the cache key, but for those that only judge or report."""
-    changed = {"deterministic": False, "tuning": "other", "disable_passes": ("x",)}
+    changed = {
+        "deterministic": False, "tuning": "other", "database": "x", "disable_passes": ("x",),
+        "attention": "flex",
+    }  # fmt: skip
     judging = {"on_violation": "warn", "allow": ("x",), "report": "x"}
     assert {*changed, *judging} == set(OWN_OPTIONS)
     base = Settings()

@@ -7,6 +7,7 @@ import functools
 import itertools
 import json
 import logging
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,10 +26,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from triton_only_backend.audit import AuditReport, GraphOp
-    from triton_only_backend.passes.pipeline import Stage
+    from triton_only_backend.passes.pipeline import PassResult, Stage
     from triton_only_backend.settings import Settings
 
-log = logging.getLogger("triton_only_backend")
+log = logging.getLogger("triton_only")
 
 _serial = itertools.count()
 KEPT_REPORTS = 256
@@ -55,14 +56,16 @@ def triton_only(
         compilation.raise_for_violations()
     except TritonOnlyError as error:
         # Dynamo would wrap the error into its own, and suppress it under suppress_errors.
-        return _raises(error)
+        return raising(error)
     return compiled
 
 
 triton_only.reset = inductor.reset_cudagraphs  # type: ignore[attr-defined]
 
 
-def _raises(error: TritonOnlyError) -> Callable[..., Any]:
+def raising(error: TritonOnlyError) -> Callable[..., Any]:
+    """What stands in for a graph that was refused: it raises when it is called."""
+
     def refused(*_: Any) -> Any:
         raise error
 
@@ -82,6 +85,9 @@ class Compilation:
     serial: int = field(default_factory=lambda: next(_serial))
     reports: list[AuditReport] = field(default_factory=list)
     refused: list[GraphOp] = field(default_factory=list)
+    target: int | None = None  # the capability of a CUDA device that is not there
+    passes: list[PassResult] = field(default_factory=list)
+    seeded: set[torch.device] = field(default_factory=set)
 
     def compile(
         self, gm: torch.fx.GraphModule, example_inputs: Sequence[Any]
@@ -97,19 +103,34 @@ class Compilation:
                     f"triton_only: no pass is named {name!r}{nearest(name, pipeline.NAMES)} "
                     f"(passes: {', '.join(pipeline.NAMES)})"
                 )
-        pipeline.run_stage("dynamo", gm, self.settings.disable_passes)
+        self.passes += pipeline.run_stage("dynamo", gm, self.settings.left_out)
         from triton_only_backend import audit
 
-        self.refused = [op for op in audit.audit_graph(gm) if op.refused]
-        return inductor.compile_graph(
+        self.refused = audit.refused_ops(gm)
+        compiled = inductor.compile_graph(
             gm,
             example_inputs,
             config=self._config(interpreted),
             decompositions=DECOMPOSITIONS,
             inner_compile=self._inner_compile,
         )
+        return self._following_generators(compiled)
+
+    def _following_generators(self, compiled: Callable[..., Any]) -> Callable[..., Any]:
+        """A graph that draws seeds takes them from where PyTorch's generators stand at the call."""
+
+        def call(*args: Any) -> Any:
+            if not self.seeded:
+                return compiled(*args)
+            from triton_only_backend.kernels import random_seeds
+
+            with random_seeds.following_generator(self.seeded):
+                return compiled(*args)
+
+        return call
 
     def _config(self, interpreted: bool) -> dict[str, Any]:
+        from triton_only_backend.kernels import tuned
         from triton_only_backend.passes import pipeline
 
         config = {**inductor.BASE_CONFIG, **self.settings.inductor}
@@ -117,11 +138,14 @@ class Compilation:
             config.update(interpreter.INDUCTOR_CONFIG)
         elif config.get("max_autotune"):
             config = {**inductor.AUTOTUNE_CONFIG, **config}
-        uuid = f"{pipeline.source_hash()}-{self.settings.key}"
+        chosen = tuned.Sources.of(self.settings)
+        uuid = f"{pipeline.source_hash()}-{self.settings.key}-{tuned.fingerprint(chosen)}"
 
         def add(hook: str, stage: Stage) -> None:
             def run(graph: torch.fx.Graph) -> None:
-                pipeline.run_on_graph(stage, graph, self.settings.disable_passes)
+                results = pipeline.run_on_graph(stage, graph, self.settings.disable_passes)
+                if stage != "sweep":  # which a hit in Inductor's cache does not run
+                    self.passes += results
 
             ours = inductor.graph_pass(stage, uuid, run)
             config[hook] = inductor.after(config.get(hook), ours)
@@ -138,11 +162,19 @@ class Compilation:
         **kwargs: Any,
     ) -> Any:
         """Each aten graph: our passes, then Inductor, then the audit of both."""
-        from triton_only_backend.passes import pipeline
+        from triton_only_backend.kernels import tuned
+        from triton_only_backend.passes import pipeline, rewrite_seeds
 
         backward = kwargs.get("is_backward", False)
         kind = "inference" if kwargs.get("is_inference") else "backward" if backward else "forward"
-        pipeline.run_stage("aten", gm, self.settings.disable_passes)
+        self.passes += pipeline.run_stage("aten", gm, self.settings.disable_passes)
+        passes, self.passes = self.passes, []
+        self.seeded |= rewrite_seeds.devices_that_draw(gm)
+        chosen = tuned.Sources.of(self.settings)
+        if self.settings.tuning == "search":
+            from triton_only_backend.tuning import at_compile
+
+            at_compile.search_graph(gm.graph, chosen)
         from triton_only_backend import audit
 
         # Before Inductor, whose passes mutate the graph; they add nothing a library would run
@@ -154,28 +186,58 @@ class Compilation:
             graph_name=f"graph {self.serial} ({kind})",
             allow=self.settings.allow,
             refused=() if backward else self.refused,
+            passes=passes,
         )
+        inductor.keep_mutated_inputs_in_place(gm, kwargs)
         try:
-            compiled = compile_fx_inner(gm, example_inputs, **kwargs)
+            compiled, source = self._lower(compile_fx_inner, gm, example_inputs, kwargs)
         except inductor.inductor_error() as error:
             if inductor.is_missing_template(error):
                 # The graph alone says which operation that was, and what to do.
                 self._record(report(None))
                 self.raise_for_violations()
             raise
-        source = inductor.source_code(compiled)
         calls = None if source is None else audit.audit_source(source)
-        self._record(report(calls, cudagraphs=inductor.cudagraphs(compiled)))
+        graphs = None if self.target else inductor.cudagraphs(compiled)
+        self._record(report(calls, cudagraphs=graphs))
         if backward:
             # Compiled when the backward first runs, outside Dynamo: raised at once.
             self.raise_for_violations()
         return compiled
+
+    def _lower(
+        self,
+        compile_fx_inner: Callable[..., Any],
+        gm: torch.fx.GraphModule,
+        example_inputs: Sequence[Any],
+        options: Mapping[str, Any],
+    ) -> tuple[Any, str | None]:
+        """The compiled graph and its code; with a target, the graph as it is and the code there."""
+        if self.target is None:
+            compiled = compile_fx_inner(gm, example_inputs, **options)
+            from triton_only_backend.kernels import tuned
+
+            chosen = tuned.Sources.of(self.settings)
+            if chosen != tuned.default_sources():
+                inductor.run_within(compiled, lambda: tuned.using(chosen))
+            return compiled, inductor.source_code(compiled)
+        from triton_only_backend import inductor_target
+
+        source = inductor_target.output_code(
+            compile_fx_inner, gm, example_inputs, options, self.target
+        )
+        return inductor.as_it_is(gm), source
 
     def _record(self, report: AuditReport) -> None:
         self.reports.append(report)
         _recent.append(report)
         if not report.is_triton_only and self.settings.on_violation == "warn":
             log.warning("%s", report.to_text())
+        elif log.isEnabledFor(logging.INFO):
+            log.info("%s: %s", report.graphs[0], report.to_short_text())
+        name = "triton_only_audit_" + "_".join(re.findall(r"\w+", report.graphs[0]))
+        inductor.trace_artifact(f"{name}_text", "string", report.to_text)
+        inductor.trace_artifact(name, "json", report.to_json)
         if self.settings.report is not None:
             write_reports(Path(self.settings.report), report)
 
@@ -224,84 +286,3 @@ def write_reports(path: Path, report: AuditReport) -> None:
             f"triton_only: option 'report' is {str(path)!r}, to which no report can be added "
             f"({error}); name a new file, or one that this backend wrote"
         ) from error
-
-
-def audit_model(model: Callable[..., Any], *args: Any, **kwargs: Any) -> AuditReport:
-    """Compiles and runs a model once and reports what it is made of; `tob.audit` is this.
-
-    Args:
-        model: a module or function, compiled or not.
-        args, kwargs: its arguments, as it would be called. It is run once, so arguments that it
-            mutates (a KV cache) are mutated.
-
-    Returns:
-        The report over all graphs; with a gradient to come, of the backward too.
-    """
-    return audit_with(model, args, kwargs)
-
-
-def audit_with(
-    model: Callable[..., Any],
-    args: Sequence[Any] = (),
-    kwargs: Mapping[str, Any] | None = None,
-    *,
-    mode: str | None = None,
-    options: Mapping[str, Any] | None = None,
-    dynamic: bool | None = None,
-) -> AuditReport:
-    """`audit_model` with `mode`, `options` and `dynamic` as `torch.compile` takes them.
-
-    Raises:
-        SettingsError: an unknown mode or option.
-    """
-    from triton_only_backend.audit import AuditReport
-
-    parsed = settings.parse(mode, {**(options or {}), "on_violation": "ignore"})
-    model = getattr(model, "_orig_mod", model)
-    kwargs = dict(kwargs or {})
-    collected: list[Compilation] = []
-
-    def backend(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        compilation = Compilation(parsed)
-        collected.append(compilation)
-        try:
-            return compilation.compile(gm, example_inputs)
-        except TritonOnlyError as error:
-            return _raises(error)
-
-    breaks_before = inductor.graph_breaks()
-    compiled = inductor.compile_apart(model, backend=backend, dynamic=dynamic)
-    _run_backward(compiled(*args, **kwargs), inputs=(args, kwargs))
-    return AuditReport.merge(
-        [report for compilation in collected for report in compilation.reports],
-        graph_breaks=inductor.graph_breaks(since=breaks_before),
-    )
-
-
-def _run_backward(output: Any, inputs: Any) -> None:
-    """Runs the backward, whose graph is compiled only then, without touching any `.grad`.
-
-    It ends at the inputs and at the parameters: a graph that the inputs come from is not run.
-    """
-    tensors = _with_gradient(output)
-    tensors = [t for t in tensors if t.grad_fn is not None]
-    ends = {id(t): t for t in _with_gradient(inputs)}
-    made_by = {t.grad_fn for t in ends.values()}
-    stack = [t.grad_fn for t in tensors]
-    seen = set()
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen or node in made_by:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):  # accumulates into a leaf
-            ends[id(node.variable)] = node.variable
-        stack += [parent for parent, _ in node.next_functions]
-    if tensors and ends:
-        grads = [torch.ones_like(t) for t in tensors]
-        torch.autograd.grad(tensors, list(ends.values()), grads, allow_unused=True)
-
-
-def _with_gradient(tree: Any) -> list[torch.Tensor]:
-    leaves = torch.utils._pytree.tree_leaves(tree)
-    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.requires_grad]

@@ -36,8 +36,9 @@ def audit(
     target: Annotated[
         str,
         typer.Argument(
-            metavar="MODULE:FACTORY|SCRIPT.py",
-            help=f"{FACTORY} Or a script: it is run with each torch.compile on this backend.",
+            metavar="MODULE:FACTORY|SCRIPT.py|FILE.pt2",
+            help=f"{FACTORY} Or a script: it is run with each torch.compile on this backend. "
+            "Or what torch.export.save or AOTInductor wrote.",
             show_default=False,
         ),
     ],
@@ -58,6 +59,14 @@ def audit(
     mode: Mode = None,
     dynamic: Annotated[bool, typer.Option("--dynamic", help="Compile for dynamic shapes.")] = False,
     no_grad: NoGrad = False,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            "--target",
+            metavar="cuda:90",
+            help="Audit what would be compiled for such a GPU, which need not be there.",
+        ),
+    ] = None,
     run: Annotated[
         bool, typer.Option("--run", help="Also profile one run, and report the kernels that ran.")
     ] = False,
@@ -65,23 +74,31 @@ def audit(
     """Compile a model, or run a script, and report every operation outside Triton."""
     from triton_only_backend import environment
     from triton_only_backend.audit import baseline as baselines
+    from triton_only_backend.audit.package import audit_package, is_package
     from triton_only_backend.audit.reading import read_report
 
     old = None if baseline is None else read_report(baseline)
     allow = allow or []
     failure = ""
     if target.endswith(".py"):
-        if mode or dynamic or no_grad or run:
+        if mode or dynamic or no_grad or run or device:
             raise UsageError(
-                "--mode, --dynamic, --no-grad and --run are for module:factory; a script says so "
-                "itself"
+                "--mode, --dynamic, --no-grad, --target and --run are for module:factory; a script "
+                "says so itself"
             )
         report, failure = _audit_script(Path(target), arguments or [], allow)
     elif arguments:
         raise UsageError(f"only a script takes arguments, got {' '.join(arguments)}")
+    elif target.endswith(".pt2") and is_package(Path(target)):
+        if mode or dynamic or no_grad or run or device:
+            raise UsageError("--mode, --dynamic, --no-grad, --target and --run are for models")
+        report = audit_package(Path(target), allow)
     else:
-        report = _audit_target(target, allow, mode, dynamic, no_grad, run)
-    report = dataclasses.replace(report, environment=environment.collect())
+        if run and device:
+            raise UsageError("--run needs the device; --target is for one that is not there")
+        report = _audit_target(target, allow, mode, dynamic, no_grad, run, device)
+    found = {**report.environment, **environment.collect()}
+    report = dataclasses.replace(report, environment=found)
     terminal = console()
     terminal.print(report, soft_wrap=True)
     write_json(json_path, report.to_dict())
@@ -108,19 +125,26 @@ def _audit_script(path: Path, arguments: list[str], allow: list[str]) -> tuple[A
 
 
 def _audit_target(
-    target: str, allow: list[str], mode: str | None, dynamic: bool, no_grad: bool, run: bool
+    target: str,
+    allow: list[str],
+    mode: str | None,
+    dynamic: bool,
+    no_grad: bool,
+    run: bool,
+    device: str | None,
 ) -> AuditReport:
-    from triton_only_backend import backend
+    from triton_only_backend import model_audit
 
     model, args, kwargs = load_target(target)
     with grad_mode(no_grad):
-        report = backend.audit_with(
+        report = model_audit.audit_with(
             model,
             args,
             kwargs,
             mode=mode,
             options={"allow": allow} if allow else None,
             dynamic=True if dynamic else None,
+            target=device,
         )
         return report.with_run(_profile(model, args, kwargs, mode)) if run else report
 

@@ -8,10 +8,12 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
+from torch.nested._internal.nested_tensor import NestedTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from triton_only_backend.kernels.limits import MAX_HEAD_DIM
+from triton_only_backend.kernels.nested_attention import nested_attention
 from triton_only_backend.passes.rewrite_matmul import PRODUCTS
 
 if TYPE_CHECKING:
@@ -41,6 +43,9 @@ class _Products(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
+        if any(issubclass(kind, NestedTensor) for kind in types):
+            with self:  # what it does to the tensor that it holds comes here
+                return NestedTensor.__torch_dispatch__(func, types, args, kwargs)
         if func not in PRODUCTS:
             with self:  # in inference mode linear, matmul and einsum arrive whole
                 result = func.decompose(*args, **kwargs)
@@ -64,16 +69,23 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> torch.Tensor:
+    if query.is_nested:
+        nested: torch.Tensor = nested_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
+        )
+        return nested
     masked = attn_mask is not None and (is_causal or attn_mask.requires_grad)
-    if dropout_p != 0.0 or masked or max(query.shape[-1], value.shape[-1]) > MAX_HEAD_DIM:
+    if masked or max(query.shape[-1], value.shape[-1]) > MAX_HEAD_DIM:
         with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
             return SDPA(
                 query, key, value, attn_mask, dropout_p, is_causal,
                 scale=scale, enable_gqa=enable_gqa,
             )  # fmt: skip
+    seed = ours.random_seeds(1, device=query.device) if dropout_p > 0 else None
     output: torch.Tensor = ours.attention(
-        query, key, value, attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
-    )
+        query, key, value, attn_mask, seed,
+        is_causal=is_causal, scale=scale, enable_gqa=enable_gqa, dropout_p=dropout_p,
+    )  # fmt: skip
     return output
 
 
@@ -81,9 +93,9 @@ def _attention(
 def eager() -> Iterator[None]:
     """Sends mm, addmm, bmm, baddbmm and scaled_dot_product_attention to our ops, uncompiled.
 
-    Attention with dropout, with a head dimension over 256 or with a mask that needs a gradient runs
-    as bmm, softmax, bmm, of which the products are ours. Everything else runs as PyTorch runs it;
-    nothing is audited.
+    Attention with a head dimension over 256 or with a mask that needs a gradient runs as bmm,
+    softmax, bmm, of which the products are ours; that of nested tensors of the jagged layout as
+    packed sequences. Everything else runs as PyTorch runs it; nothing is audited.
 
     Raises, at the call:
         UnsupportedProblemError: an operand that the kernels do not take (a dtype, say).

@@ -1,4 +1,4 @@
-"""The only file that touches private names of torch._inductor and torch._dynamo.
+"""The file that touches private names of torch._inductor and torch._dynamo.
 
 Each function is one thing the package needs of them, with the differences between torch 2.11, 2.13
 and 2.15 inside. Nothing of torch._inductor is imported before it is called.
@@ -6,15 +6,18 @@ and 2.15 inside. Nothing of torch._inductor is imported before it is called.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
+import logging
 import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from contextlib import AbstractContextManager
 
 # Inductor settings of every compilation; the user's options override them.
 BASE_CONFIG: dict[str, Any] = {
@@ -137,12 +140,49 @@ def _inductor_decompositions(config: Mapping[str, Any]) -> dict[Any, Callable[..
         return dict(select_decomp_table())
 
 
+def keep_mutated_inputs_in_place(gm: torch.fx.GraphModule, kwargs: dict[str, Any]) -> None:
+    """Tells CUDA graphs to work on the very inputs that a graph writes, instead of copies of them.
+
+    PyTorch copies every input that it does not know to stay where it is, and does without CUDA
+    graphs where it would have to write such a copy: a KV cache that was first seen inside a
+    compiled region. Told that the input stays, it checks its address at each call, and records
+    anew where it has changed.
+
+    Args:
+        gm: an aten graph about to be compiled.
+        kwargs: of `compile_fx_inner`; changed in place.
+    """
+    if not kwargs.get("cudagraphs"):
+        return
+    inputs = gm.graph.find_nodes(op="placeholder")
+    copy = torch.ops.aten.copy_.default
+    written = {node.args[0] for node in gm.graph.find_nodes(op="call_function", target=copy)}
+    mutated = [i for i, node in enumerate(inputs) if node in written]
+    kwargs["static_input_idxs"] = sorted({*kwargs.get("static_input_idxs", ()), *mutated})
+
+
 def cudagraphs(compiled: Any) -> Any:
     """Whether a compiled graph asked for CUDA graphs, and PyTorch's reason to do without."""
     from torch._inductor import config
 
     reason = getattr(compiled, "disabled_cudagraphs_reason", None)
     return {"on": bool(config.triton.cudagraphs), "skipped": [reason] if reason else []}
+
+
+@contextlib.contextmanager
+def cudagraph_skips() -> Iterator[list[str]]:
+    """Collects PyTorch's reasons to do without a CUDA graph, when compiling and when running."""
+    from torch._inductor import cudagraph_utils
+
+    reasons: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: reasons.append(record.getMessage())  # type: ignore[method-assign]
+    logger: logging.Logger = vars(cudagraph_utils)["cudagraphs_log"]
+    logger.addHandler(handler)
+    try:
+        yield reasons
+    finally:
+        logger.removeHandler(handler)
 
 
 def is_missing_template(error: BaseException) -> bool:
@@ -169,6 +209,33 @@ def source_code(compiled: Any) -> str | None:
     return getattr(compiled, "source_code", None)
 
 
+def run_within(compiled: Any, context: Callable[[], AbstractContextManager[object]]) -> None:
+    """Makes every call of a compiled graph, and what it captures, run in `context`."""
+    call = compiled.current_callable
+
+    @functools.wraps(call)
+    def within(inputs: Any) -> Any:
+        with context():
+            return call(inputs)
+
+    compiled.current_callable = within
+
+
+def without_fake_tensors() -> AbstractContextManager[object]:
+    """Real tensors are made and computed with, though a graph of fake ones is being compiled."""
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+    return unset_fake_temporarily()
+
+
+def as_it_is(gm: torch.fx.GraphModule) -> Callable[..., Any]:
+    """An aten graph as AOTAutograd calls a compiled one."""
+    from torch._functorch._aot_autograd.utils import make_boxed_func
+
+    boxed: Callable[..., Any] = make_boxed_func(gm.forward)
+    return boxed
+
+
 def compile_apart(model: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     """torch.compile, kept apart from other compilations of the same code where torch can.
 
@@ -179,13 +246,57 @@ def compile_apart(model: Callable[..., Any], **options: Any) -> Callable[..., An
     return torch.compile(model, **options)
 
 
-def graph_breaks(since: Mapping[str, int] | None = None) -> dict[str, int]:
-    """Reasons of the graph breaks in this process, with counts: all, or those since an answer."""
-    from torch._dynamo.utils import counters
+class GraphBreaks:
+    """The graph breaks of this process from the time that this is made."""
 
-    before = since or {}
-    new = {reason: n - before.get(reason, 0) for reason, n in counters["graph_break"].items()}
-    return {reason: n for reason, n in new.items() if n > 0}
+    def __init__(self) -> None:
+        self._before = {kind: self._counts(kind) for kind in ("graph_break", "unimplemented")}
+
+    def reasons(self) -> dict[str, int]:
+        """Reasons with counts; in a line after its first each says where Dynamo broke off.
+
+        Where Dynamo gave up a whole function, what it could not do is the reason.
+        """
+        for kind, before in self._before.items():
+            new = {reason: n - before.get(reason, 0) for reason, n in self._counts(kind).items()}
+            found = {_with_places(reason, n): n for reason, n in new.items() if n > 0}
+            if found:
+                return found
+        return {}
+
+    @staticmethod
+    def _counts(kind: str) -> dict[str, int]:
+        from torch._dynamo.utils import counters
+
+        return dict(counters[kind])
+
+
+def _with_places(reason: str, count: int) -> str:
+    from torch._dynamo import output_graph
+
+    breaks: list[Any] = vars(output_graph)["graph_break_reasons"]
+    alike = [found for found in breaks if found.reason == reason]
+    frames = [found.user_stack[-1] for found in alike[-count:] if found.user_stack]
+    places = dict.fromkeys(f"{f.filename}:{f.lineno} in {f.name}: {f.line}" for f in frames)
+    title, newline, rest = reason.partition("\n")
+    return "".join([title, *(f"\n  at {place}" for place in places), newline, rest])
+
+
+def trace_artifact(name: str, encoding: str, payload: Callable[[], str]) -> None:
+    """Adds an artifact to PyTorch's structured trace (TORCH_TRACE), which `tlparse` shows.
+
+    Args:
+        encoding: "json" or "string".
+        payload: called only where there is a trace.
+    """
+    from torch._logging._internal import trace_structured
+
+    trace_structured(
+        "artifact",
+        metadata_fn=lambda: {"name": name, "encoding": encoding},
+        payload_fn=payload,
+        expect_trace_id=False,
+    )
 
 
 def reset_cudagraphs() -> None:
@@ -205,6 +316,13 @@ def has_triton_lowering(overload: torch._ops.OpOverload) -> bool:
     if handler is None:
         return overload in decompositions
     return not getattr(handler, "_is_fallback_handler", False)
+
+
+def seed_ops() -> tuple[Any, Any]:
+    """The ops by which Inductor draws a graph's seeds, and takes one of them."""
+    from torch._inductor import inductor_prims
+
+    return inductor_prims.seeds, inductor_prims.lookup_seed
 
 
 def static_kernel_classes() -> frozenset[type]:

@@ -33,7 +33,7 @@ import numpy as np
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-log = logging.getLogger("triton_only_backend")
+log = logging.getLogger("triton_only")
 
 # Inductor settings under which its Triton codegen targets the CPU. One compile thread: the worker
 # processes of the parallel compiler would not know of the mends below.

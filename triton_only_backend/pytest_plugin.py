@@ -57,10 +57,10 @@ def assert_triton_only(
         AssertionError: the report in short.
     """
     __tracebackhide__ = True
-    from triton_only_backend import backend
+    from triton_only_backend import model_audit
 
     globs = [allow] if isinstance(allow, str) else list(allow)
-    report = backend.audit_with(model, args, kwargs, options={"allow": globs})
+    report = model_audit.audit_with(model, args, kwargs, options={"allow": globs})
     if not report.is_triton_only:
         raise AssertionError(report.to_short_text())
     return report

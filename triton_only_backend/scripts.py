@@ -52,12 +52,12 @@ def run_script(path: Path, arguments: Sequence[str] = (), allow: Sequence[str] =
     from triton_only_backend.audit import AuditReport
 
     earlier = {id(report) for report in backend.compiled_reports()}
-    breaks_before = inductor.graph_breaks()
+    breaks = inductor.GraphBreaks()
     outcome = _Outcome()
     with _as_main(path, arguments), _on_this_backend(allow), outcome:
         runpy.run_path(str(path), run_name="__main__")
     reports = [report for report in backend.compiled_reports() if id(report) not in earlier]
-    report = AuditReport.merge(reports, graph_breaks=inductor.graph_breaks(since=breaks_before))
+    report = AuditReport.merge(reports, graph_breaks=breaks.reasons())
     return ScriptRun(report, outcome.failure, len(reports) >= backend.KEPT_REPORTS)
 
 

@@ -13,7 +13,10 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 ON_VIOLATION = ("error", "warn", "ignore")
-TUNING = ("shipped",)
+TUNING = ("heuristic", "shipped", "search")
+ATTENTION = ("triton", "flex")
+# The pass that "flex" adds.
+FLEX_PASS = "sdpa_to_flex"
 # Modes of torch.compile that contradict this backend, with the reason.
 REFUSED_MODES = {"lite": "it leaves every operation to ATen, which this backend exists to avoid"}
 
@@ -27,7 +30,13 @@ class Settings:
         allow: globs of ops or providers that may stay ("aten.sort*", "nccl"); still reported.
         deterministic: results are bitwise equal from run to run. False admits kernels whose order
             of summation varies; at present no kernel needs it.
-        tuning: where kernel configurations come from. "shipped" is what there is.
+        tuning: where kernel configurations come from. "shipped": the user's database, then the
+            tables of this package, then the heuristic; "search" measures what neither knows when a
+            graph is compiled, and saves it; "heuristic" is the heuristic alone.
+        database: path of the user's database of configurations; None is the one in the user's
+            cache directory, "none" is none.
+        attention: "triton" runs scaled_dot_product_attention by the kernels of this package, "flex"
+            by FlexAttention, Inductor's Triton template, where that does the same (on a GPU).
         disable_passes: names of passes to leave out.
         report: a path; the report of each compiled graph is written there as JSON.
         inductor: options of torch._inductor.config, the mode's and the user's, by dotted name.
@@ -37,6 +46,8 @@ class Settings:
     allow: tuple[str, ...] = ()
     deterministic: bool = True
     tuning: str = "shipped"
+    database: str | None = None
+    attention: str = "triton"
     disable_passes: tuple[str, ...] = ()
     report: str | None = None
     inductor: Mapping[str, Any] = field(default_factory=dict)
@@ -44,7 +55,16 @@ class Settings:
     @property
     def key(self) -> str:
         """What of the settings decides which code is compiled; part of the cache key."""
-        return repr((self.deterministic, self.tuning, self.disable_passes))
+        return repr(
+            (self.deterministic, self.tuning, self.database, self.attention, self.disable_passes)
+        )
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """The passes that do not run: those disabled, and those that belong to another choice."""
+        return (
+            self.disable_passes if self.attention == "flex" else (*self.disable_passes, FLEX_PASS)
+        )
 
 
 OWN_OPTIONS = tuple(f.name for f in fields(Settings) if f.name != "inductor")
@@ -60,7 +80,7 @@ def parse(
     Raises:
         SettingsError: an unknown mode, option or variable, or a value that does not fit.
     """
-    own = _from_environment(environ)
+    own = _own_from_environment(environ)
     config = dict(_mode_options(mode))
     for key, value in (options or {}).items():
         if key in OWN_OPTIONS:
@@ -69,6 +89,15 @@ def parse(
             name = _inductor_key(key)
             config[name] = _typed_as(inductor.option_type(name), value, key)
     return Settings(**own, inductor=config)
+
+
+def from_environment(environ: Mapping[str, str] = os.environ) -> Settings:
+    """What holds where nothing is compiled: settings from TRITON_ONLY_* variables alone.
+
+    Raises:
+        SettingsError: an unknown variable, or a value that does not fit.
+    """
+    return Settings(**_own_from_environment(environ))
 
 
 def _mode_options(mode: str | None) -> Mapping[str, Any]:
@@ -101,7 +130,7 @@ def _typed_as(kind: type | None, value: Any, key: str) -> Any:
     return value
 
 
-def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
+def _own_from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
     prefix = "TRITON_ONLY_"
     own: dict[str, Any] = {}
     for variable, text in environ.items():
@@ -131,7 +160,7 @@ def _typed(key: str, text: str, variable: str) -> Any:
 
 
 def _checked(key: str, value: Any, where: str) -> Any:
-    choices = {"on_violation": ON_VIOLATION, "tuning": TUNING}.get(key)
+    choices = {"on_violation": ON_VIOLATION, "tuning": TUNING, "attention": ATTENTION}.get(key)
     if choices is not None:
         if value not in choices:
             hint = nearest(str(value), choices)
@@ -145,7 +174,7 @@ def _checked(key: str, value: Any, where: str) -> Any:
         value = tuple(sorted(value) if isinstance(value, set | frozenset) else value)
     elif key == "deterministic" and not isinstance(value, bool):
         raise SettingsError(f"triton_only: {where} must be True or False, got {value!r}")
-    elif key == "report" and value is not None:
+    elif key in ("report", "database") and value is not None:
         if not isinstance(value, str | os.PathLike):
             raise SettingsError(f"triton_only: {where} must be a path or None, got {value!r}")
         value = os.fspath(value)

@@ -7,6 +7,7 @@ import importlib.util
 import operator
 import os
 import sys
+import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,8 @@ def load_target(target: str) -> tuple[Callable[..., Any], tuple[Any, ...], dict[
     Raises:
         UsageError: there is no such thing, or it gives something else than a model.
     """
+    if target.endswith(".pt2"):
+        return _load_program(Path(target))
     place, separator, attribute = target.rpartition(":")
     if not separator or not place or not attribute:
         raise UsageError(f"{target!r} is not of the form module:factory or path/to/file.py:factory")
@@ -42,6 +45,24 @@ def load_target(target: str) -> tuple[Callable[..., Any], tuple[Any, ...], dict[
         raise UsageError(f"{target} is a {type(found).__name__}, not a factory or a model")
     made = found if isinstance(found, torch.nn.Module) else found()
     return _model_and_arguments(target, made)
+
+
+def _load_program(path: Path) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
+    """A program that torch.export.save wrote, with its example inputs."""
+    import torch
+
+    if not path.is_file():
+        raise UsageError(f"there is no file {path}")
+    if not zipfile.is_zipfile(path):
+        raise UsageError(f"{path} is not what torch.export.save writes")
+    try:
+        program = torch.export.load(path)
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise UsageError(f"cannot load an exported program from {path}: {error}") from error
+    if program.example_inputs is None:
+        raise UsageError(f"{path} was saved without example inputs")
+    args, kwargs = program.example_inputs
+    return program.module(), tuple(args), dict(kwargs)
 
 
 def _load_file(path: Path) -> Any:

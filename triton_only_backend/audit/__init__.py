@@ -14,6 +14,8 @@ from triton_only_backend.audit.generated_code import CodeCall as CodeCall
 from triton_only_backend.audit.generated_code import audit_source as audit_source
 from triton_only_backend.audit.graph import GraphOp as GraphOp
 from triton_only_backend.audit.graph import audit_graph as audit_graph
+from triton_only_backend.audit.graph import refused_ops as refused_ops
+from triton_only_backend.audit.package import audit_package as audit_package
 from triton_only_backend.audit.policy import Provider as Provider
 from triton_only_backend.audit.policy import Reason as Reason
 from triton_only_backend.audit.report import AuditReport as AuditReport
@@ -30,8 +32,10 @@ __all__ = [
     "Provider",
     "Reason",
     "audit_graph",
+    "audit_package",
     "audit_source",
     "profile",
+    "refused_ops",
 ]
 
 
@@ -40,9 +44,9 @@ class _CallableModule(types.ModuleType):
 
     def __call__(self, model: Any, *args: Any, **kwargs: Any) -> AuditReport:
         """Compiles `model`, runs it on the inputs and returns the report over all its graphs."""
-        from triton_only_backend import backend
+        from triton_only_backend import model_audit
 
-        report: AuditReport = backend.audit_model(model, *args, **kwargs)
+        report: AuditReport = model_audit.audit_model(model, *args, **kwargs)
         return report
 
 

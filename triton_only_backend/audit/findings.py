@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from triton_only_backend.audit.generated_code import CodeCall
     from triton_only_backend.audit.graph import GraphOp
 
-# After a graph break Dynamo goes on in a function of its own making.
-_RESUMED = re.compile(r"torch_dynamo_resume_in_(?P<function>.+)_at_\d+$")
 _SOURCE_LINE = re.compile(r"(?P<file>.+?):(?P<line>\d+) in (?P<function>[^\s:]+)")
 
 
@@ -48,6 +46,7 @@ class Finding:
         graph: the compiled graph, "graph 0 (forward)".
         call, code_line: the call in the generated code and its line; "" and 0 without code.
         graph_op: the op of the graph that led to the call.
+        allowed_by: the glob that allows it; "" if none does.
     """
 
     op: str
@@ -66,6 +65,7 @@ class Finding:
     call: str = ""
     code_line: int = 0
     graph_op: str = ""
+    allowed_by: str = ""
 
     @property
     def shapes(self) -> str:
@@ -85,9 +85,7 @@ class Finding:
         match = _SOURCE_LINE.match(self.source_line)
         if match is None:
             return None
-        resumed = _RESUMED.match(match["function"])
-        function = resumed["function"] if resumed else match["function"]
-        return SourcePlace(match["file"], int(match["line"]), function)
+        return SourcePlace(match["file"], int(match["line"]), match["function"])
 
     @property
     def identity(self) -> str:
@@ -122,6 +120,7 @@ class Finding:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Finding:
         """The finding that `to_dict` made `data` of."""
+        data = {"allowed_by": "", **data}  # which early reports have not
         values: dict[str, Any] = {name: data[name] for name in cls.__dataclass_fields__}
         values["provider"] = Provider(data["provider"])
         values["reason"] = None if data["reason"] is None else Reason[data["reason"]]

@@ -8,8 +8,10 @@ is counted where it is put in), names set with `global`, and code that other mod
 from __future__ import annotations
 
 import ast
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from triton_only_backend.audit import policy
 from triton_only_backend.audit.compiled_kernels import Kernel, read_kernel
@@ -24,6 +26,9 @@ from triton_only_backend.audit.references import (
     origins,
     scope_of,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
 
 # Functions of the output code that only run when someone benchmarks it.
 _NOT_RUN = frozenset({"get_args", "benchmark_compiled_module"})
@@ -114,6 +119,7 @@ class _Reader:
         self._launches: Counter[str] = Counter()
         self._calls: list[CodeCall] = []
         self._sites: set[int] = set()
+        self._texts: list[ast.Constant] = []  # strings over several lines; they hold no comment
 
     def result(self) -> list[CodeCall]:
         kernels = [
@@ -130,22 +136,37 @@ class _Reader:
             for key, k in self._kernels.items()
         ]
         self._sites |= {kernel.line for kernel in kernels}
-        calls = [self._with_origin(call) for call in [*kernels, *self._calls]]
+        calls = self._with_origins([*kernels, *self._calls])
         return sorted(calls, key=lambda call: call.line)
 
-    def _with_origin(self, call: CodeCall) -> CodeCall:
-        """Attaches the nearest comment above the call, unless another call stands between."""
-        above = [line for line in self._origins if line < call.line]
-        if not above:
-            return call
-        nearest = max(above)
-        if any(nearest < site < call.line for site in self._sites):
-            return call
-        origin = self._origins[nearest]
-        return replace(call, source_nodes=origin.source_nodes, original_aten=origin.original_aten)
+    def _with_origins(self, calls: Iterable[CodeCall]) -> Iterator[CodeCall]:
+        """Attaches the nearest comment above a call, unless another call stands between."""
+        for text in self._texts:
+            for line in range(text.lineno, (text.end_lineno or text.lineno) + 1):
+                self._origins.pop(line, None)
+        comments, sites = sorted(self._origins), sorted(self._sites)
+        for call in calls:
+            above = bisect_left(comments, call.line)
+            nearest = comments[above - 1] if above else call.line
+            if bisect_right(sites, nearest) < bisect_left(sites, call.line) or not above:
+                yield call
+                continue
+            origin = self._origins[nearest]
+            yield replace(
+                call, source_nodes=origin.source_nodes, original_aten=origin.original_aten
+            )
 
     def visit(self, node: ast.AST, scope: Scope, role: str = "value") -> None:
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)):
+        if isinstance(node, (ast.Name, ast.Attribute)):  # the most frequent first
+            self._visit_name(node, scope, role)
+        elif isinstance(node, ast.Constant):
+            if node.end_lineno != node.lineno:
+                self._texts.append(node)
+        elif isinstance(node, (ast.expr_context, ast.operator)):
+            return
+        elif isinstance(node, ast.Call):
+            self._visit_call(node, scope, role)
+        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)):
             self._visit_definition(node, scope)
         elif isinstance(node, (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)):
             self._visit_children(node, scope_of(node, scope))
@@ -160,10 +181,6 @@ class _Reader:
             # a walrus has a value of its own: (f := op)(x)
             walrus = role if isinstance(node, ast.NamedExpr) else "alias"
             self.visit(node.value, scope, walrus if named else "value")
-        elif isinstance(node, ast.Call):
-            self._visit_call(node, scope, role)
-        elif isinstance(node, (ast.Name, ast.Attribute)):
-            self._visit_name(node, scope, role)
         elif isinstance(node, (ast.IfExp, ast.BoolOp)):
             for child in ast.iter_child_nodes(node):
                 self.visit(child, scope, "value" if child is getattr(node, "test", None) else role)

@@ -7,17 +7,16 @@ and the source line.
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass
-from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 from triton_only_backend.audit import policy
+from triton_only_backend.audit.places import source_line as source_line
 from triton_only_backend.audit.policy import Provider, Reason, Verdict
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     import torch
     from torch.fx import GraphModule, Node
@@ -75,33 +74,55 @@ def audit_graph(gm: GraphModule) -> list[GraphOp]:
     Python's own operators (getitem, arithmetic on sizes) launch nothing and are left out; every
     other node is listed, `Provider.UNKNOWN` when nothing is known of it.
     """
-    return list(_walk(gm, prefix="", visited=set()))
+    return list(_Reader().walk(gm, ""))
 
 
-def _walk(gm: GraphModule, prefix: str, visited: set[int]) -> Iterator[GraphOp]:
-    visited.add(id(gm))
-    for node in gm.graph.nodes:
-        if node.op == "call_function" and not _is_python_operator(node.target):
-            yield _graph_op(node, prefix)
-            yield from _walk_subgraphs(gm, node, prefix, visited)
-        elif node.op in ("call_module", "call_method"):
-            name = f"{node.op}.{node.target}"
-            yield _describe(node, prefix, name, Verdict(Provider.UNKNOWN, Reason.UNKNOWN_OP))
-
-
-def _walk_subgraphs(
-    gm: GraphModule, node: Node, prefix: str, visited: set[int]
-) -> Iterator[GraphOp]:
-    if policy.classify(policy.op_name(node.target)).provider.is_triton:
-        return  # score_mod and combine_fn are compiled into their Triton kernel
+def refused_ops(gm: GraphModule) -> list[GraphOp]:
+    """The ops alone of a graph, and of those nested in it, that a pass declined to rewrite."""
     from torch.fx import GraphModule
 
-    for argument in node.all_input_nodes:
-        if argument.op != "get_attr":
-            continue
-        submodule = _attribute(gm, str(argument.target))
-        if isinstance(submodule, GraphModule) and id(submodule) not in visited:
-            yield from _walk(submodule, f"{prefix}{argument.target}/", visited)
+    return [
+        _graph_op(node)
+        for module in gm.modules()
+        if isinstance(module, GraphModule)
+        for node in module.graph.nodes
+        if REFUSAL_KEY in node.meta
+    ]
+
+
+class _Reader:
+    """Reads one graph; each op is judged once."""
+
+    def __init__(self) -> None:
+        self._visited: set[int] = set()
+        self._verdicts: dict[str, Verdict] = {}
+
+    def walk(self, gm: GraphModule, prefix: str) -> Iterator[GraphOp]:
+        self._visited.add(id(gm))
+        for node in gm.graph.nodes:
+            if node.op == "call_function" and not _is_python_operator(node.target):
+                op = _wrapped_op(node) or policy.op_name(node.target)
+                yield _describe(node, prefix, op, self._classify(op))
+                yield from self._walk_subgraphs(gm, node, prefix)
+            elif node.op in ("call_module", "call_method"):
+                name = f"{node.op}.{node.target}"
+                yield _describe(node, prefix, name, Verdict(Provider.UNKNOWN, Reason.UNKNOWN_OP))
+
+    def _classify(self, op: str) -> Verdict:
+        if op not in self._verdicts:
+            self._verdicts[op] = policy.classify(op)
+        return self._verdicts[op]
+
+    def _walk_subgraphs(self, gm: GraphModule, node: Node, prefix: str) -> Iterator[GraphOp]:
+        from torch.fx import GraphModule
+
+        constants = [argument for argument in node.all_input_nodes if argument.op == "get_attr"]
+        if not constants or self._classify(policy.op_name(node.target)).provider.is_triton:
+            return  # score_mod and combine_fn are compiled into their Triton kernel
+        for argument in constants:
+            submodule = _attribute(gm, str(argument.target))
+            if isinstance(submodule, GraphModule) and id(submodule) not in self._visited:
+                yield from self.walk(submodule, f"{prefix}{argument.target}/")
 
 
 def _attribute(gm: GraphModule, path: str) -> object:
@@ -119,15 +140,13 @@ def _is_python_operator(target: object) -> bool:
     return module == "torch" and name.startswith(("sym_", "_sym_"))
 
 
-def _graph_op(node: Node, prefix: str) -> GraphOp:
-    op = policy.op_name(node.target)
-    inner = _wrapped_op(node)
-    if inner is not None:  # auto_functionalized(op, …), with_effects(token, op, …)
-        op = inner
-    return _describe(node, prefix, op, policy.classify(op))
+def _graph_op(node: Node) -> GraphOp:
+    op = _wrapped_op(node) or policy.op_name(node.target)
+    return _describe(node, "", op, policy.classify(op))
 
 
 def _wrapped_op(node: Node) -> str | None:
+    """The op that auto_functionalized(op, …), with_effects(token, op, …) and their like run."""
     import torch
 
     if not isinstance(node.target, torch._ops.HigherOrderOperator):
@@ -139,13 +158,14 @@ def _wrapped_op(node: Node) -> str | None:
 
 
 def _describe(node: Node, prefix: str, op: str, verdict: Verdict) -> GraphOp:
-    tensors = list(_tensors([n.meta.get("val") for n in node.all_input_nodes]))
-    results = list(_tensors(node.meta.get("val")))
+    tensors = list(tensors_in([n.meta.get("val") for n in node.all_input_nodes]))
+    results = list(tensors_in(node.meta.get("val")))
     reason, detail, remedy, refused = verdict.reason, "", verdict.remedy, ""
     refusal = node.meta.get(REFUSAL_KEY)
     if refusal is not None:
         refused = str(refusal.get("reason") or Reason.REFUSED_BY_PASS.name)
-        reason = Reason.__members__.get(refused, Reason.REFUSED_BY_PASS)
+        kind = str(refusal.get("kind") or refused)
+        reason = Reason.__members__.get(kind, Reason.REFUSED_BY_PASS)
         detail = str(refusal.get("detail") or refused)
         remedy = str(refusal.get("remedy") or verdict.remedy)
     origins = node.meta.get("from_node") or ()
@@ -156,9 +176,9 @@ def _describe(node: Node, prefix: str, op: str, verdict: Verdict) -> GraphOp:
         reason=reason,
         detail=detail,
         remedy=remedy,
-        inputs=tuple(_tensor_text(t) for t in tensors),
-        outputs=tuple(_tensor_text(t) for t in results),
-        dtypes=tuple(dict.fromkeys(_dtype_text(t.dtype) for t in [*tensors, *results])),
+        inputs=tuple(tensor_text(t) for t in tensors),
+        outputs=tuple(tensor_text(t) for t in results),
+        dtypes=dtypes_of([*tensors, *results]),
         module_path=module_path(node),
         source_line=source_line(str(node.meta.get("stack_trace") or "")),
         source_nodes=tuple(dict.fromkeys([*(str(o.name) for o in origins[:1]), node.name])),
@@ -166,14 +186,20 @@ def _describe(node: Node, prefix: str, op: str, verdict: Verdict) -> GraphOp:
     )
 
 
-def _tensors(value: object) -> Iterator[torch.Tensor]:
+def tensors_in(value: object) -> Iterator[torch.Tensor]:
+    """The tensors in nested lists, tuples and dicts."""
     import torch
 
     if isinstance(value, torch.Tensor):
         yield value
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _tensors(item)
+    elif isinstance(value, list | tuple | dict):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from tensors_in(item)
+
+
+def dtypes_of(tensors: Iterable[torch.Tensor]) -> tuple[str, ...]:
+    """Their distinct dtypes: "bf16", "i64"."""
+    return tuple(dict.fromkeys(_dtype_text(tensor.dtype) for tensor in tensors))
 
 
 def _dtype_text(dtype: torch.dtype) -> str:
@@ -185,7 +211,8 @@ def _dtype_text(dtype: torch.dtype) -> str:
     return name.replace("complex", "c")
 
 
-def _tensor_text(tensor: torch.Tensor) -> str:
+def tensor_text(tensor: torch.Tensor) -> str:
+    """`bf16[2, 4096]`."""
     return f"{_dtype_text(tensor.dtype)}[{', '.join(str(size) for size in tensor.shape)}]"
 
 
@@ -206,44 +233,3 @@ def clean_module_path(path: str) -> str:
     path = re.sub(r"\.?(?:_modules)?\[(['\"]?)([^'\"\]]+)\1\]", r".\2", path)
     path = path.replace("._modules.", ".").replace("._orig_mod", "")
     return path.strip(".")
-
-
-_FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)')
-
-
-def source_line(stack_trace: str) -> str:
-    """The innermost frame of a node's stack trace that is not torch's own, in one line.
-
-    >>> source_line('File "net/model.py", line 12, in forward\\n    y = self.l(x)')
-    'model.py:12 in forward: y = self.l(x)'
-    """
-    frames: list[tuple[re.Match[str], str]] = []
-    lines = stack_trace.splitlines()
-    for number, line in enumerate(lines):
-        match = _FRAME.search(line)
-        if match:
-            code = lines[number + 1].strip() if number + 1 < len(lines) else ""
-            frames.append((match, "" if _FRAME.search(code) else code))
-    if not frames:
-        return ""
-    users = [frame for frame in frames if not _is_torch_file(frame[0]["file"])]
-    match, code = (users or frames)[-1]
-    place = f"{_short_path(match['file'])}:{match['line']} in {match['function']}"
-    return f"{place}: {code}" if code else place
-
-
-def _is_torch_file(path: str) -> bool:
-    import torch
-
-    normal = path.replace(os.sep, "/")
-    root = str(PurePath(torch.__file__).parent).replace(os.sep, "/")
-    return normal.startswith(f"{root}/") or "-packages/torch/" in normal
-
-
-def _short_path(path: str) -> str:
-    """Relative to site-packages or to the working directory, else the file's name."""
-    normal = path.replace(os.sep, "/")
-    if "-packages/" in normal:
-        return normal.rsplit("-packages/", 1)[1]
-    working = os.getcwd().replace(os.sep, "/") + "/"
-    return normal.removeprefix(working) if normal.startswith(working) else PurePath(normal).name

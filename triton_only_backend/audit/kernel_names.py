@@ -17,6 +17,8 @@ from triton_only_backend.audit.policy import Provider
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+WARP_SIZE = 32  # of CUDA devices
+
 # Provider of a kernel that is not Triton's, by the first pattern that its name contains.
 _PATTERNS: tuple[tuple[Provider, str], ...] = (
     (Provider.MEMCPY, r"^Memcpy|^CopyDevice|^hipMemcpy"),
@@ -67,6 +69,23 @@ def triton_kernels() -> dict[str, Provider]:
             found[str(candidate.name)] = _origin(function)
         elif kind in static:
             found.setdefault(str(candidate.name), Provider.TRITON_INDUCTOR)
+    return found
+
+
+def block_sizes() -> dict[str, set[int]]:
+    """Threads a block with which Triton launches each kernel that it compiled, on CUDA devices.
+
+    A kernel of the same name that runs with another number is not Triton's.
+    """
+    found: dict[str, set[int]] = {}
+    compiled = _class("triton.compiler.compiler", "CompiledKernel")
+    static = inductor.static_kernel_classes()
+    for candidate in _live_objects():
+        kind = type(candidate)
+        if kind is compiled or kind in static:
+            warps = getattr(getattr(candidate, "metadata", candidate), "num_warps", None)
+            if isinstance(warps, int):
+                found.setdefault(str(candidate.name), set()).add(warps * WARP_SIZE)
     return found
 
 

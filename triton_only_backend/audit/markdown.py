@@ -36,7 +36,7 @@ def audit_report(report: AuditReport, baseline: AuditReport | None = None) -> st
             blocks += [f"### {title}", table]
         else:
             blocks.append(_folded(f"{title} ({len(findings)})", table))
-    blocks += [*_providers(report), *_breaks(report), *_cudagraphs(report)]
+    blocks += [*_providers(report), *_passes(report), *_breaks(report), *_cudagraphs(report)]
     if report.run is not None:
         blocks.append(_folded("The run, kernel by kernel", _kernels(report.run)))
     if report.environment:
@@ -74,6 +74,12 @@ def _providers(report: AuditReport) -> list[str]:
     if report.run is None:
         heads, rows = heads[:3], [row[:3] for row in rows]  # type: ignore[assignment,misc]
     return [_folded("Who runs what", _table(heads, "lrrr", rows))] if rows else []
+
+
+def _passes(report: AuditReport) -> list[str]:
+    rows = [(name, fired, _escape(why)) for name, fired, why in render.pass_table(report)]
+    heads = ("pass", "fired", "declined")
+    return [_folded("What the passes did", _table(heads, "lrl", rows))] if rows else []
 
 
 def _breaks(report: AuditReport) -> list[str]:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from triton_only_backend.audit.report import AuditReport
 
 _FILES = Path(__file__).with_name("page_files")
-_ABOUT = ("gpu", "torch", "triton", "triton_only_backend", "date")
+_ABOUT = ("target", "gpu", "torch", "triton", "triton_only_backend", "date")
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def slug(provider: Provider) -> str:
 def _audit_context(audit: AuditReport | None) -> dict[str, Any]:
     if audit is None:
         empty: tuple[Any, ...] = ()
-        names = ("tiles", "sections", "providers", "bars", "strips", "ops", "breaks")
+        names = ("tiles", "sections", "providers", "bars", "strips", "ops", "passes", "breaks")
         return dict.fromkeys(names, empty) | {"cudagraphs": None}
     state = audit.cudagraphs
     return {
@@ -88,6 +88,7 @@ def _audit_context(audit: AuditReport | None) -> dict[str, Any]:
         "strips": _strips(audit.ops),
         "strip_providers": _violations_first({row.provider for row in audit.ops}),
         "ops": [_OpView.of(row) for row in sorted(audit.ops, key=_outside_first)],
+        "passes": texts.pass_table(audit),
         "breaks": audit.graph_breaks,
         "breaks_line": texts.break_line(audit),
         "cudagraphs": state,

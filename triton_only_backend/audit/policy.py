@@ -23,6 +23,9 @@ from triton_only_backend.audit.vocabulary import Reason as Reason
 from triton_only_backend.audit.vocabulary import Verdict as Verdict
 
 OURS = "triton_only"
+# Ops that copy or fill when called by themselves.
+_COPIES = frozenset({"to", "_to_copy", "copy_", "clone", "contiguous", "cpu", "cuda", "copy"})
+_FILLS = frozenset({"zero_", "zeros", "zeros_like", "new_zeros"})
 _TORCH_NAMESPACES = frozenset({"aten", "prims", "inductor", "rngprims", "fsdp", "higher_order"})
 
 
@@ -105,6 +108,16 @@ def classify_call(op: str) -> Verdict:
     if verdict.provider is Provider.TRITON_INDUCTOR and not op.startswith("higher_order."):
         return _with_remedy(op, Verdict(Provider.ATEN, Reason.NO_TRITON_LOWERING))
     return verdict
+
+
+def eager_provider(op: str) -> Provider:
+    """Who runs an op that eager code calls by itself: a copy or a fill is no computation there."""
+    namespace, _, name = packet(op).partition(".")
+    if namespace == "aten" and name in _COPIES:
+        return Provider.MEMCPY
+    if namespace == "aten" and name in _FILLS:
+        return Provider.MEMSET
+    return classify_call(op).provider
 
 
 def _with_remedy(op: str, verdict: Verdict) -> Verdict:

@@ -7,9 +7,7 @@ a name assigned twice means both things.
 from __future__ import annotations
 
 import ast
-import io
 import sys
-import tokenize
 from dataclasses import dataclass, field
 
 # Names that Inductor's output code defines in its preamble, for code that lacks one.
@@ -67,6 +65,8 @@ def scope_of(node: ast.AST, parent: Scope | None) -> Scope:
 
 
 def _bind_names(node: ast.AST, scope: Scope) -> None:
+    if isinstance(node, (ast.Name, ast.Constant, ast.expr_context)):
+        return
     if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
         scope.bind(node.name)
         return
@@ -113,6 +113,7 @@ class Resolver:
 
     def __init__(self) -> None:
         self._resolving: set[tuple[int, str]] = set()
+        self._resolved: dict[tuple[int, str], set[str]] = {}
 
     def paths(self, node: ast.expr, scope: Scope) -> set[str]:
         """Dotted paths such as `torch.ops.aten.mm.default`; empty for a value not followed."""
@@ -139,6 +140,8 @@ class Resolver:
             return {_PREAMBLE.get(name, name)}
         owner, meanings = found
         key = (id(owner), name)
+        if key in self._resolved:
+            return self._resolved[key]
         if key in self._resolving:
             return set()
         self._resolving.add(key)
@@ -148,6 +151,8 @@ class Resolver:
             for path in ({meaning} if isinstance(meaning, str) else self.paths(meaning, owner))
         }
         self._resolving.discard(key)
+        if not self._resolving:  # else a name that means itself may have cut it short
+            self._resolved[key] = paths
         return paths
 
     def _call(self, node: ast.Call, scope: Scope) -> set[str]:
@@ -188,15 +193,20 @@ class Origin:
 
 
 def origins(source: str) -> dict[int, Origin]:
-    """Line -> Inductor's "Source Nodes: [a, b], Original ATen: [aten.mm]" comment on it."""
-    found = {}
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type == tokenize.COMMENT and "Source Nodes: [" in token.string:
-            found[token.start[0]] = Origin(
-                _bracketed(token.string, "Source Nodes: ["),
-                _bracketed(token.string, "Original ATen: ["),
-            )
-    return found
+    """Line -> what a comment of Inductor's on it says, strings over several lines included.
+
+    The comment reads "Source Nodes: [a, b], Original ATen: [aten.mm]".
+    """
+    return {
+        number: origin_of(line)
+        for number, line in enumerate(source.splitlines(), 1)
+        if "Source Nodes: [" in line and line.lstrip().startswith("#")
+    }
+
+
+def origin_of(comment: str) -> Origin:
+    """What one such comment says."""
+    return Origin(_bracketed(comment, "Source Nodes: ["), _bracketed(comment, "Original ATen: ["))
 
 
 def _bracketed(comment: str, opening: str) -> tuple[str, ...]:

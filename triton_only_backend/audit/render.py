@@ -6,7 +6,7 @@ import io
 from textwrap import indent
 from typing import TYPE_CHECKING
 
-from triton_only_backend.audit import cudagraphs
+from triton_only_backend.audit import cudagraphs, pass_rows
 from triton_only_backend.audit.operations import count_by_provider, percent
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from triton_only_backend.audit.report import AuditReport
 
 _SHOWN = 20  # findings that an error message spells out
-BREAKS_EXPLAINED = "the code between graphs is not audited"
+BREAKS_EXPLAINED = "the code between the graphs runs eagerly"
 
 
 def plural(count: int, noun: str) -> str:
@@ -142,6 +142,18 @@ def provider_rows(report: AuditReport) -> list[tuple[Provider, int, int, tuple[i
     return sorted(rows, key=lambda row: (not row[0].is_violation, -row[2], -row[1], row[0].name))
 
 
+def pass_table(report: AuditReport) -> list[tuple[str, str, str]]:
+    """For each pass, over all graphs: its name, how often it fired, what it declined and why."""
+    return [
+        (
+            row.name,
+            str(row.fired),
+            "; ".join(f"{count} × {reason}" for reason, count in row.declined.items()),
+        )
+        for row in pass_rows.totals(report.passes)
+    ]
+
+
 def facts_line(environment: dict[str, object]) -> str:
     """Versions and GPU in one line; what is not there is left out."""
     return ", ".join(f"{key} {value}" for key, value in environment.items() if value is not None)
@@ -164,6 +176,8 @@ def audit_renderable(report: AuditReport) -> RenderableType:
     for title, findings in sections(report):
         parts += [Text(), Text(title, style="bold")]
         parts += [Text(indent(finding_block(f), "  ") + "\n") for f in findings]
+    if report.passes:
+        parts += [Text(), _pass_table(report)]
     if report.graph_breaks:
         parts += [Text(), Text(break_line(report), style="yellow")]
         parts += [Text(indent(reason, "  ")) for reason in report.graph_breaks]
@@ -198,6 +212,19 @@ def _provider_table(
     for provider, ops, calls, (launched, time_us) in rows:
         cells = [str(ops), str(calls), *([str(launched), f"{time_us:.1f}"] if with_run else [])]
         table.add_row(Text(provider.value, style="red" if provider.is_violation else ""), *cells)
+    return table
+
+
+def _pass_table(report: AuditReport) -> RenderableType:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, padding=(0, 2), header_style="bold")
+    table.add_column("pass")
+    table.add_column("fired", justify="right")
+    table.add_column("declined")
+    for name, fired, declined in pass_table(report):
+        table.add_row(name, fired, Text(declined))
     return table
 
 

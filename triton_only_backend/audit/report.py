@@ -8,6 +8,7 @@ Where no code was seen, the graph's flags count. A profiled run can be joined as
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from triton_only_backend.audit import cudagraphs as cuda_graphs
-from triton_only_backend.audit import reading, render
+from triton_only_backend.audit import pass_rows, reading, render
 from triton_only_backend.audit.findings import Finding as Finding
 from triton_only_backend.audit.findings import from_call, from_op, group, link
 from triton_only_backend.audit.kernel_report import KernelReport
@@ -27,6 +28,8 @@ from triton_only_backend.audit.operations import (
     rows_of,
     share,
 )
+from triton_only_backend.audit.pass_rows import PassRow
+from triton_only_backend.audit.places import short_path
 from triton_only_backend.audit.policy import Provider
 from triton_only_backend.errors import AuditError
 
@@ -38,9 +41,12 @@ if TYPE_CHECKING:
     from triton_only_backend.audit.cudagraphs import CudaGraphs
     from triton_only_backend.audit.generated_code import CodeCall
     from triton_only_backend.audit.graph import GraphOp
+    from triton_only_backend.audit.pass_rows import PassResult
 
 SCHEMA = "triton_only_backend.audit"
 SCHEMA_VERSION = 1
+# A graph break's reason gives the file after "at", in a line of its own.
+_BREAK_PLACE = re.compile(r"(?m)(?<=^  at )\S+(?=:\d+ in )")
 _SCHEMA_FILE = Path(__file__).with_name("report.schema.json")
 
 
@@ -60,6 +66,8 @@ class AuditReport:
         ops: every op of the graphs, with who runs it.
         cudagraphs: whether CUDA graphs are on and why some were skipped; None if not known.
         allow: the globs that were given.
+        passes: what each pass did to each graph; the sweep after Inductor's own patterns, which a
+            cached compilation does not repeat, is left out.
         run: a profiled run, see `with_run`.
     """
 
@@ -74,6 +82,7 @@ class AuditReport:
     ops: list[OpRow] = field(default_factory=list)
     cudagraphs: CudaGraphs | None = None
     allow: list[str] = field(default_factory=list)
+    passes: list[PassRow] = field(default_factory=list)
     run: KernelReport | None = None
 
     @classmethod
@@ -88,6 +97,7 @@ class AuditReport:
         environment: Mapping[str, Any] | None = None,
         cudagraphs: CudaGraphs | None = None,
         refused: Iterable[GraphOp] = (),
+        passes: Iterable[PassResult] = (),
     ) -> AuditReport:
         """The report on one graph; `calls` is None when there is no generated code to read.
 
@@ -97,6 +107,7 @@ class AuditReport:
             graph_breaks: the reasons, or how often each of them split the model.
             refused: ops of an earlier state of the graph that a pass declined to rewrite and that
                 were taken apart since; they become notes.
+            passes: the results of the passes on this graph.
         """
         linked: list[GraphOp | None] = []
         violations: list[CodeCall] = []
@@ -114,13 +125,16 @@ class AuditReport:
                 operations[call.provider] += call.count
         operations.pop(Provider.NONE, None)
         patterns = list(allow)
-        is_allowed = [any(map(finding.matches, patterns)) for finding in found]
+        found = [
+            replace(f, allowed_by=next(filter(f.matches, patterns), "")) if patterns else f
+            for f in found
+        ]
         lowered = [] if calls is None else lowered_ops(graph_ops, violations, linked)
         declined = [op for op in graph_ops if op.refused and not op.is_violation]
         declined += [op for op in lowered if op.refused]
         return cls(
-            findings=group(f for f, allow in zip(found, is_allowed, strict=True) if not allow),
-            allowed=group(f for f, allow in zip(found, is_allowed, strict=True) if allow),
+            findings=group(finding for finding in found if not finding.allowed_by),
+            allowed=group(finding for finding in found if finding.allowed_by),
             operations=dict(operations),
             graphs=[graph_name],
             graph_breaks=_break_texts(graph_breaks),
@@ -135,6 +149,7 @@ class AuditReport:
             ops=rows_of(graph_ops, None if calls is None else violations, linked, graph_name),
             cudagraphs=cudagraphs,
             allow=patterns,
+            passes=pass_rows.rows_of(passes, graph_name),
         )
 
     @classmethod
@@ -154,7 +169,7 @@ class AuditReport:
         states = [cudagraphs]
         run: KernelReport | None = None
         for report in reports:
-            for name in ("findings", "allowed", "graphs", "listed", "notes", "ops"):
+            for name in ("findings", "allowed", "graphs", "listed", "notes", "ops", "passes"):
                 getattr(merged, name).extend(getattr(report, name))
             merged.environment.update(report.environment)
             operations.update(report.operations)
@@ -221,6 +236,7 @@ class AuditReport:
             "listed": [finding.to_dict() for finding in self.listed],
             "notes": [finding.to_dict() for finding in self.notes],
             "ops": [row.to_dict() for row in self.ops],
+            "passes": [row.to_dict() for row in self.passes],
             "run": self.run and self.run.to_dict(),
             "environment": dict(self.environment),
         }
@@ -246,6 +262,7 @@ class AuditReport:
                 ops=[OpRow.from_dict(item) for item in data["ops"]],
                 cudagraphs=data["cudagraphs"],
                 allow=list(data["allow"]),
+                passes=[PassRow.from_dict(item) for item in data.get("passes", ())],
                 run=None if data["run"] is None else KernelReport.from_dict(data["run"]),
             )
 
@@ -301,5 +318,5 @@ def _note(op: GraphOp, graph: str, provider: Provider) -> Finding:
 
 def _break_texts(breaks: Iterable[str] | Mapping[str, int]) -> list[str]:
     if isinstance(breaks, Mapping):
-        return [f"{reason} (×{n})" if n > 1 else str(reason) for reason, n in breaks.items()]
-    return [str(reason) for reason in breaks]
+        breaks = [f"{reason} (×{n})" if n > 1 else reason for reason, n in breaks.items()]
+    return [_BREAK_PLACE.sub(lambda place: short_path(place[0]), str(text)) for text in breaks]

@@ -1,17 +1,20 @@
 """The third witness: one profiled run, every kernel that the device executed.
 
-A kernel counts as Triton because Triton compiled a kernel of that name in this process, never
-because its name looks the part. The names come from live objects: Triton's compiled kernels and the
-kernels of Inductor's static launcher. With no GPU the interpreter's scopes take their place, and
-every aten op that computes outside of one is a row.
+A kernel counts as Triton because Triton compiled a kernel of that name in this process and launches
+it with blocks of that size, never because its name looks the part. Names and sizes come from live
+objects: Triton's compiled kernels and the kernels of Inductor's static launcher. With no GPU the
+interpreter's scopes take their place, and every aten op that computes outside of one is a row.
 """
 
 from __future__ import annotations
 
+import math
+import re
 from typing import TYPE_CHECKING, Any
 
 from triton_only_backend.audit import policy
 from triton_only_backend.audit.kernel_names import (
+    block_sizes,
     classify_kernel,
     interpreted_kernels,
     triton_kernels,
@@ -23,13 +26,12 @@ from triton_only_backend.audit.kernel_report import report_of as report_of
 from triton_only_backend.audit.policy import Provider
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Collection, Iterable, Mapping
 
+# In Kineto's metadata of a kernel: "block": [128, 1, 1]
+_BLOCK = re.compile(r'"block": ?\[(\d+), ?(\d+), ?(\d+)\]')
 INTERPRETER_SCOPE = "triton_interpreter::"
 
-# Ops that copy or fill when called by themselves; the rest of the non-compute ops are the policy's.
-_COPIES = frozenset({"to", "_to_copy", "copy_", "clone", "contiguous", "cpu", "cuda", "copy"})
-_FILLS = frozenset({"zero_", "zeros", "zeros_like", "new_zeros"})
 # Device events that are not kernels: user annotations and waits, by Kineto's activity type.
 _NOT_KERNELS = frozenset({"gpu_user_annotation", "user_annotation", "cuda_sync", "overhead"})
 
@@ -47,6 +49,7 @@ def profile(
         warmup: runs before it, unprofiled, for compilation, autotuning and CUDA graph capture.
     """
     import torch
+    from torch._C._profiler import _ExperimentalConfig
     from torch.profiler import ProfilerActivity
 
     from triton_only_backend import interpreter
@@ -60,7 +63,12 @@ def profile(
             ProfilerActivity.CUDA if torch.cuda.is_available() else ProfilerActivity.XPU
         )
         torch.accelerator.synchronize()
-    with torch.profiler.profile(activities=activities) as profiler:
+    # Kineto's metadata hold the size of a kernel's blocks.
+    options: dict[str, Any] = {"expose_kineto_event_metadata": True}  # which its stub lacks
+    config = _ExperimentalConfig(**options)
+    with torch.profiler.profile(
+        activities=activities, experimental_config=config, acc_events=True
+    ) as profiler:
         fn(*args, **kwargs)
         if gpu:
             torch.accelerator.synchronize()
@@ -69,20 +77,35 @@ def profile(
 
 
 def _device_events(profiler: Any) -> list[KernelEvent]:
+    import torch
     from torch._C._autograd import DeviceType
 
     devices = (DeviceType.CUDA, DeviceType.XPU)
     known = triton_kernels()
+    sizes = {} if torch.version.hip else block_sizes()
     return [
         KernelEvent(
             name=e.name(),
-            provider=classify_kernel(e.name(), known),
+            provider=_provider(e, known, sizes),
             time_us=e.duration_ns() / 1e3,
             start_us=e.start_ns() / 1e3,
         )
         for e in profiler.profiler.kineto_results.events()
         if e.device_type() in devices and not _is_annotation(e)
     ]
+
+
+def _provider(
+    event: Any, known: Mapping[str, Provider], sizes: Mapping[str, Collection[int]]
+) -> Provider:
+    """Whose kernel it is: a Triton kernel's by its name, if its blocks are as Triton has them."""
+    name = event.name()
+    provider = classify_kernel(name, known)
+    block = _BLOCK.search(event.metadata_json() or "")
+    if provider.is_triton and block and name in sizes:
+        threads = math.prod(int(size) for size in block.groups())
+        return provider if threads in sizes[name] else Provider.UNKNOWN
+    return provider
 
 
 def _is_annotation(event: Any) -> bool:
@@ -113,7 +136,8 @@ def _cpu_event(event: Any, known: Mapping[str, Provider]) -> list[KernelEvent]:
     if not separator or event.is_user_annotation or not f"{namespace}{op}".isidentifier():
         return inner
     if namespace == "aten" and not any(found.provider.is_triton for found in inner):
-        provider = _aten_provider(op)
+        provider = policy.eager_provider(f"aten.{op}")
+        provider = Provider.CPU if provider.is_compute else provider
         if provider is Provider.NONE:
             return inner
         return [KernelEvent(name, provider, time_us, start_us)]
@@ -121,12 +145,3 @@ def _cpu_event(event: Any, known: Mapping[str, Provider]) -> list[KernelEvent]:
     if inner or verdict.provider in (Provider.NONE, Provider.TRITON_OURS):
         return inner  # an op proves nothing by its name; what it ran is listed
     return [KernelEvent(name, verdict.provider, time_us, start_us)]
-
-
-def _aten_provider(op: str) -> Provider:
-    if op in _COPIES:
-        return Provider.MEMCPY
-    if op in _FILLS:
-        return Provider.MEMSET
-    provider = policy.classify_call(f"aten.{op}").provider
-    return provider if not provider.is_compute else Provider.CPU
