@@ -1,4 +1,7 @@
-"""Which GEMM kernel, tile and work decomposition for a problem: pure functions of integers."""
+"""Which GEMM kernel, tile and work decomposition for a problem: pure functions of integers.
+
+`select_config` takes what was measured (see `tuned`), and else `heuristic_config`.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,8 @@ import functools
 import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
+
+from triton_only_backend.kernels import tuned
 
 if TYPE_CHECKING:
     from triton_only_backend.kernels.hardware import Hardware
@@ -48,6 +53,10 @@ class GemmProblem:
             b_k_contiguous=self.a_k_contiguous,
         )
 
+    def bucketed(self) -> GemmProblem:
+        """Itself: M and N are rounded already, where it is made."""
+        return self
+
 
 @dataclass(frozen=True)
 class GemmConfig:
@@ -87,8 +96,59 @@ def bucket(n: int) -> int:
     return next_power_of_2(n) if n <= 64 else math.ceil(n / 64) * 64
 
 
-@functools.lru_cache(maxsize=4096)
 def select_config(problem: GemmProblem, hardware: Hardware) -> GemmConfig:
+    """The configuration measured best, or else the heuristic's."""
+    return tuned.select("gemm", problem, hardware, GemmConfig, supports, heuristic_config)
+
+
+def has_descriptors(hardware: Hardware) -> bool:
+    """Whether `gemm_tma` runs there: tensor descriptors that the host makes."""
+    return hardware.backend == "cuda" and int(hardware.arch.removeprefix("sm")) >= 90
+
+
+def supports(problem: GemmProblem, config: GemmConfig, hardware: Hardware) -> bool:
+    """Whether a configuration computes the problem at all, well or not, on this hardware."""
+    seen = problem.transposed if config.swap_operands else problem
+    if config.kernel == "gemv":
+        return seen.M <= GEMV_MAX_ROWS
+    stage = (config.block_m + config.block_n) * config.block_k * problem.element_size
+    if config.num_stages > 1 and config.num_stages * stage > hardware.shared_memory:
+        return False
+    if config.kernel == "gemm_tma":
+        plain = problem.aligned and problem.element_size == 2 and problem.batch == 1
+        return plain and has_descriptors(hardware)
+    return config.kernel == "gemm"
+
+
+@functools.lru_cache(maxsize=4096)
+def with_staging(
+    config: GemmConfig, element_size: int, out_size: int, operand_size: int, hardware: Hardware
+) -> GemmConfig:
+    """The configuration with the shared memory that its epilogue leaves.
+
+    Beside its pipeline `gemm_tma` stages the tile of the output: whole where operands are read in
+    the epilogue, for they change the tile's layout before it is halved. Measured by compiling for
+    sm90: 128 × 256 with a residual takes 65568 bytes beside its stages, and spills 136 bytes with a
+    multiplier or an output in fp32, or with two operands.
+
+    Args:
+        element_size: of a and b.
+        out_size: of the output's elements.
+        operand_size: bytes of the epilogue's operands for each element of the output.
+    """
+    if config.kernel != "gemm_tma" or config.split_k > 1:
+        return config
+    if max(out_size, operand_size) >= 4 and config.block_m * config.block_n > 16384:
+        config = replace(config, block_n=config.block_n // 2)
+    halved = config.store_halves and operand_size == 0
+    staging = config.block_m * config.block_n * out_size // (1 + halved)
+    stage = (config.block_m + config.block_n) * config.block_k * element_size
+    room = hardware.shared_memory // config.resident - staging - 1024
+    return replace(config, num_stages=max(1, min(config.num_stages, room // stage)))
+
+
+@functools.lru_cache(maxsize=4096)
+def heuristic_config(problem: GemmProblem, hardware: Hardware) -> GemmConfig:
     """The configuration the heuristic chooses."""
     if hardware.is_interpreter:
         return _interpreted(problem)

@@ -1,0 +1,1 @@
+"""The exhaustive search for kernel configurations: `triton-only tune`."""

@@ -1,0 +1,278 @@
+"""The configurations of a product that are worth measuring, by a model of the time they take.
+
+The model is one of rates: a multiprocessor takes a tile's operands from L2 and multiplies them, the
+slower of both counts; it takes its tiles one after the other; the operands come from memory once;
+split-K pays a second launch and its partial sums. Fitted to five tiles on an H200 it is within 10 %
+of each; it only ranks, what wins is measured.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from triton_only_backend.kernels.gemm_configs import (
+    GEMV_MAX_ROWS,
+    GemmConfig,
+    GemmProblem,
+    fit_stages,
+    has_descriptors,
+    heuristic_config,
+    next_power_of_2,
+    supports,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from triton_only_backend.kernels.hardware import Hardware
+
+# Accumulators a thread may hold of its 255 registers, and still have the rest of the loop in them.
+MAX_ACCUMULATORS = 128
+# Microseconds that a step along K takes beside its loads and products: barriers, addresses.
+STEP_US = {"gemm": 0.04, "gemm_tma": 0.02}
+# Loads in flight that hide the latency of memory, bytes a multiprocessor.
+IN_FLIGHT = 40_000
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What hardware does in a microsecond: bytes from memory; a multiprocessor's from L2, and FLOP.
+
+    `measured` ones of an H200; others are datasheets', scaled by what it reaches of its own.
+    """
+
+    memory: float
+    l2: float
+    flops: float
+
+
+RATES = {
+    "sm80": Rates(1.8e6, 0.09e6, 2.6e6),
+    "sm89": Rates(0.8e6, 0.09e6, 1.2e6),
+    "sm90": Rates(4.29e6, 0.12e6, 6.2e6),
+    "sm100": Rates(7.0e6, 0.12e6, 12.0e6),
+    "sm120": Rates(1.6e6, 0.12e6, 1.2e6),
+    "gfx942": Rates(4.3e6, 0.10e6, 2.2e6),
+    "gfx950": Rates(6.5e6, 0.10e6, 4.5e6),
+}
+# Of the tensor cores at 16 bits.
+TF32_SHARE, IEEE_SHARE = 0.5, 0.08
+
+
+def candidates(problem: GemmProblem, hardware: Hardware, limit: int = 0) -> list[GemmConfig]:
+    """What to measure: the heuristic's choice, then the most promising by the model.
+
+    Args:
+        limit: how many at most; 0 for all that the hardware could run.
+
+    Configurations that differ only in their pipeline are one family; the best of each family come
+    before the second of any, so that few candidates still cover the tiles and splits.
+    """
+    first = heuristic_config(problem, hardware)
+    families: dict[tuple[object, ...], list[tuple[float, GemmConfig]]] = {}
+    for config in dict.fromkeys(space(problem, hardware)):
+        if config != first:
+            family = (
+                config.kernel, config.swap_operands, config.block_m, config.block_n,
+                config.block_k, config.split_k, config.num_warps,
+            )  # fmt: skip
+            cost = cost_us(problem, config, hardware)
+            families.setdefault(family, []).append((cost, config))
+    ranked = sorted(
+        (
+            (cost * 1.04**place, place, config)
+            for members in families.values()
+            for place, (cost, config) in enumerate(sorted(members, key=_preference))
+        ),
+        key=lambda entry: entry[:2],
+    )
+    found = [first, *(config for _, _, config in ranked)]
+    return found[:limit] if limit else found
+
+
+def _preference(member: tuple[float, GemmConfig]) -> tuple[float, int, int, bool]:
+    """Within a family: the deepest pipeline, the fewest blocks a multiprocessor."""
+    cost, config = member
+    return cost, config.resident, -config.num_stages, not config.store_halves
+
+
+def space(problem: GemmProblem, hardware: Hardware) -> Iterator[GemmConfig]:
+    """Every configuration that computes the problem and fits memory and registers."""
+    swaps = (False, True) if min(problem.M, problem.N) <= 512 else (False,)
+    for swap in swaps:
+        seen = problem.transposed if swap else problem
+        for config in itertools.chain(_gemv(seen), _tiles(seen, hardware)):
+            config = replace(config, swap_operands=swap)
+            if supports(problem, config, hardware):
+                yield config
+
+
+def _gemv(problem: GemmProblem) -> Iterator[GemmConfig]:
+    if problem.M > GEMV_MAX_ROWS:
+        return
+    if problem.b_k_contiguous:
+        widths: Iterable[tuple[int, int]] = (
+            (n, k) for n in (4, 8, 16, 32) for k in (256, 512, 1024)
+        )
+    else:
+        widths = ((n, k) for n in (64, 128, 256) for k in (32, 64, 128))
+    for (block_n, block_k), warps, stages in itertools.product(widths, (4, 8), (3, 4, 5)):
+        per_thread = block_n * block_k / (32 * warps)
+        if not 16 <= per_thread <= 64 or block_k > max(next_power_of_2(problem.K), 32):
+            continue
+        for split_k in (1, 2, 4):
+            if split_k == 1 or problem.K // (block_k * split_k) >= 2:
+                yield GemmConfig("gemv", 1, block_n, block_k, split_k, 1, warps, stages)
+
+
+def _tiles(problem: GemmProblem, hardware: Hardware) -> Iterator[GemmConfig]:
+    size = problem.element_size
+    # Blocks that waste no more than half of themselves.
+    rows = [b for b in (16, 32, 64, 128, 256) if b <= max(16, next_power_of_2(problem.M))]
+    columns = [b for b in (16, 32, 64, 128, 256) if b <= max(16, next_power_of_2(problem.N))]
+    # A row of 128 bytes is what the tensor cores of Hopper and the copy engine take at once.
+    depths = [b // size for b in (64, 128, 256, 512) if b >= 128 or not hardware.has_wgmma]
+    if not problem.aligned or problem.ieee:
+        rows, columns, depths = (
+            [b for b in rows if b <= 128],
+            [b for b in columns if b <= 64],
+            [16, 32],
+        )
+    for block_m, block_n, block_k in itertools.product(rows, columns, depths):
+        if block_k > max(16, next_power_of_2(problem.K)) or block_m * block_n < 512:
+            continue
+        for warps in (4, 8):
+            accumulators = block_m * block_n / (32 * warps)
+            if not 4 <= accumulators <= MAX_ACCUMULATORS:
+                continue
+            if hardware.has_wgmma and block_m < 16 * warps:
+                continue  # The tensor cores take 64 rows for each four warps.
+            for split_k in _splits(problem, hardware, block_m, block_n, block_k):
+                tile = (block_m, block_n, block_k, split_k, 8, warps)
+                yield from _pipelines(problem, hardware, tile)
+
+
+def _splits(
+    problem: GemmProblem, hardware: Hardware, block_m: int, block_n: int, block_k: int
+) -> Iterator[int]:
+    """Splits of K that leave each block 4 steps, and at most three blocks to a multiprocessor."""
+    tiles = problem.batch * math.ceil(problem.M / block_m) * math.ceil(problem.N / block_n)
+    yield 1
+    for split_k in (2, 3, 4, 6, 8):
+        if tiles * split_k <= 3 * hardware.num_sms and problem.K // (block_k * split_k) >= 4:
+            yield split_k
+
+
+def _pipelines(
+    problem: GemmProblem, hardware: Hardware, tile: tuple[int, int, int, int, int, int]
+) -> Iterator[GemmConfig]:
+    block_m, block_n, block_k, _, _, warps = tile
+    size = problem.element_size
+    accumulators = block_m * block_n // (32 * warps)
+
+    def depths(resident: int, staging: int, most: int) -> list[int]:
+        fitting = fit_stages(
+            replace(hardware, shared_memory=hardware.shared_memory - staging * resident),
+            block_m, block_n, block_k, size, most=most, blocks=resident,
+        )  # fmt: skip
+        return [stages for stages in (fitting, fitting - 1) if stages >= 2]
+
+    most = 3 if not problem.aligned or problem.ieee else 6
+    for resident in (1, 2, 3):
+        for stages in depths(resident, 0, most):
+            yield GemmConfig("gemm", *tile, stages)
+    if not has_descriptors(hardware):
+        return
+    for resident in (1, 2, 3):
+        if resident * warps * 32 * (accumulators + 56) > 65536:
+            continue
+        for halves in (False, True):
+            if halves and block_n < 64:
+                continue
+            staging = block_m * block_n * size // (1 + halves)
+            for stages in depths(resident, staging, 8):
+                for group in (8, 16) if problem.M > 512 else (8,):
+                    config = GemmConfig("gemm_tma", *tile, stages, False, 512, resident, halves)
+                    yield replace(config, group_m=group)
+
+
+def cost_us(problem: GemmProblem, config: GemmConfig, hardware: Hardware) -> float:
+    """The model's time in microseconds: ranks, and is no promise."""
+    rates = _rates(problem, hardware)
+    read = _bytes(problem) / rates.memory
+    seen = problem.transposed if config.swap_operands else problem
+    extra = 0.0
+    if config.split_k > 1:
+        extra = 2.5 + 8 * config.split_k * problem.batch * problem.M * problem.N / rates.memory
+    if config.kernel == "gemv":
+        blocks = problem.batch * math.ceil(seen.N / config.block_n) * config.split_k
+        idle = max(1.0, hardware.num_sms / blocks)
+        return 2.0 + read * idle + extra
+    size = problem.element_size
+    stage = (config.block_m + config.block_n) * config.block_k * size
+    resident = _resident(config, stage, hardware)
+    steps = math.ceil(seen.K / (config.block_k * config.split_k))
+    step_us = STEP_US[config.kernel] + max(
+        stage / rates.l2,
+        2 * max(config.block_m, 64) * config.block_n * config.block_k / rates.flops,
+    )
+    flying = resident * (config.num_stages - 1) * stage
+    compute = _tiles_each(seen, config, hardware, resident) * steps * step_us
+    compute *= max(1.0, IN_FLIGHT / flying)
+    if config.num_stages == 2:
+        compute *= 1.08  # Each step waits for the one before it.
+    accumulators = config.block_m * config.block_n // (32 * config.num_warps)
+    if accumulators >= 64 and config.kernel == "gemm":
+        compute *= 1.10  # Addresses compete for the registers.
+    if accumulators >= 128 and config.block_m > 16 * config.num_warps:
+        compute *= 1.05  # Two rows of products a warp group, one after the other.
+    # Neither hides the other entirely.
+    return 2.5 + math.sqrt(math.hypot(compute**2, read**2)) + extra
+
+
+def bound_us(problem: GemmProblem, config: GemmConfig, hardware: Hardware) -> float:
+    """A time that no run of the configuration can stay below: memory's, and its busiest tiles'."""
+    rates = _rates(problem, hardware)
+    read = _bytes(problem) / (1.15 * rates.memory)
+    if config.kernel == "gemv":
+        return read
+    seen = problem.transposed if config.swap_operands else problem
+    tiles = _tiles_each(seen, config, hardware, 1)
+    flops = 2 * config.block_m * config.block_n * seen.K / config.split_k
+    return max(read, tiles * flops / (1.15 * rates.flops))
+
+
+def _bytes(problem: GemmProblem) -> int:
+    elements = (problem.M + problem.N) * problem.K + problem.M * problem.N
+    return problem.batch * elements * problem.element_size
+
+
+def rates_of(hardware: Hardware, element_size: int, *, ieee: bool) -> Rates:
+    """The rates of an architecture, or of the slowest known where it is not."""
+    rates = RATES.get(hardware.arch, RATES["sm80"])
+    share = IEEE_SHARE if ieee else TF32_SHARE if element_size == 4 else 1.0
+    return replace(rates, flops=rates.flops * share)
+
+
+def _rates(problem: GemmProblem, hardware: Hardware) -> Rates:
+    return rates_of(hardware, problem.element_size, ieee=problem.ieee)
+
+
+def _resident(config: GemmConfig, stage: int, hardware: Hardware) -> int:
+    if config.kernel == "gemm_tma":
+        return config.resident
+    registers = (
+        32 * config.num_warps * (config.block_m * config.block_n // (32 * config.num_warps) + 64)
+    )
+    memory = hardware.shared_memory // max(1, config.num_stages * stage)
+    return max(1, min(memory, 65536 // registers, 4))
+
+
+def _tiles_each(seen: GemmProblem, config: GemmConfig, hardware: Hardware, resident: int) -> int:
+    """How many tiles the busiest multiprocessor computes."""
+    tiles = seen.batch * math.ceil(seen.M / config.block_m) * math.ceil(seen.N / config.block_n)
+    rounds, rest = divmod(tiles * config.split_k, hardware.num_sms * resident)
+    return rounds * resident + math.ceil(rest / hardware.num_sms)

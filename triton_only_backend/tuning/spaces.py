@@ -1,0 +1,84 @@
+"""What is searched of each kind: its problems and configurations, candidates and bounds."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from triton_only_backend.kernels.attention_configs import (
+    AttentionProblem,
+    DecodeConfig,
+    FlashConfig,
+    heuristic_decode_config,
+    heuristic_flash_config,
+)
+from triton_only_backend.kernels.gemm_configs import GemmConfig, GemmProblem, heuristic_config
+from triton_only_backend.tuning import attention_space, gemm_space
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from triton_only_backend.kernels.hardware import Hardware
+
+
+@dataclass(frozen=True)
+class Space:
+    """One kind of problem.
+
+    Attributes:
+        candidates: what to measure, the heuristic's choice first.
+        bound_us: a time that no run of a configuration can stay below.
+    """
+
+    problem: type
+    config: type
+    heuristic: Callable[[Any, Hardware], Any]
+    candidates: Callable[[Any, Hardware, int], list[Any]]
+    bound_us: Callable[[Any, Any, Hardware], float]
+
+
+SPACES = {
+    "gemm": Space(
+        GemmProblem, GemmConfig, heuristic_config, gemm_space.candidates, gemm_space.bound_us
+    ),
+    "flash_attention": Space(
+        AttentionProblem,
+        FlashConfig,
+        heuristic_flash_config,
+        attention_space.flash_candidates,
+        attention_space.bound_us,
+    ),
+    "decode_attention": Space(
+        AttentionProblem,
+        DecodeConfig,
+        heuristic_decode_config,
+        attention_space.decode_candidates,
+        attention_space.bound_us,
+    ),
+}
+
+
+def candidates(kind: str, problem: Any, hardware: Hardware, limit: int) -> list[Any]:
+    """See `Space.candidates`."""
+    return SPACES[kind].candidates(problem, hardware, limit)
+
+
+def bound_us(kind: str, problem: Any, config: Any, hardware: Hardware) -> float:
+    """See `Space.bound_us`."""
+    return SPACES[kind].bound_us(problem, config, hardware)
+
+
+def heuristic(kind: str, problem: Any, hardware: Hardware) -> Any:
+    """What is chosen where nothing was measured."""
+    return SPACES[kind].heuristic(problem, hardware)
+
+
+def decode_problem(kind: str, text: str) -> Any:
+    """The problem that `tuned.encode` wrote."""
+    return SPACES[kind].problem(**json.loads(text))
+
+
+def decode_config(kind: str, text: str) -> Any:
+    """The configuration that `tuned.encode` wrote."""
+    return SPACES[kind].config(**json.loads(text))
