@@ -1,0 +1,392 @@
+"""Launches every kernel once or more on small odd problems, for NVIDIA's compute-sanitizer.
+
+    compute-sanitizer --tool memcheck python tests/sanitize.py
+    compute-sanitizer --tool racecheck python tests/sanitize.py
+    python tests/sanitize.py --only gemm          problems whose name holds a word
+
+Says which kernels of kernels/ ran, how often, and fails if one of them did not. PyTorch's allocator
+is off, so that a read past the end of a tensor is one past the end of an allocation. Without a GPU
+it runs in the interpreter, which finds out whether all kernels are reached.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import collections
+import itertools
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
+
+import torch
+
+import triton_only_backend.kernels
+from triton_only_backend import interpreter
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+KERNELS = Path(triton_only_backend.kernels.__file__).parent
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+HAS_TMA = DEVICE == "cpu" or torch.cuda.get_device_capability()[0] >= 9
+HALF, FULL = torch.bfloat16, torch.float32
+ours = torch.ops.triton_only
+
+launched: collections.Counter[str] = collections.Counter()
+PROBLEMS: dict[str, Callable[[], None]] = {}
+
+
+def problem(function: Callable[[], None]) -> Callable[[], None]:
+    """Adds a problem to the list, by its name."""
+    PROBLEMS[function.__name__] = function
+    return function
+
+
+def entry_kernels() -> dict[str, str]:
+    """The names of all kernels that a host function launches, each with its file."""
+    found = {}
+    for path in sorted(KERNELS.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            # kernel[grid](…)
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript):
+                name = node.func.value
+                if isinstance(name, ast.Name):
+                    found[name.id] = path.name
+    return {name: file for name, file in found.items() if is_jit_function(name, file)}
+
+
+def is_jit_function(name: str, file: str) -> bool:
+    """Whether a file defines a function of this name under @triton.jit."""
+    for node in ast.walk(ast.parse((KERNELS / file).read_text())):
+        if isinstance(node, ast.FunctionDef) and node.name == name:
+            return any("triton.jit" in ast.unparse(d) for d in node.decorator_list)
+    return False
+
+
+def count_launches() -> None:
+    """Counts each launch by its kernel's name, compiled and interpreted."""
+    from triton.runtime.interpreter import GridExecutor
+    from triton.runtime.jit import JITFunction
+
+    run, interpret = JITFunction.run, GridExecutor.__call__
+
+    def counted_run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        launched[self.fn.__name__] += not kwargs.get("warmup", False)
+        return run(self, *args, **kwargs)
+
+    def counted_interpret(self: Any, *args: Any, **kwargs: Any) -> Any:
+        launched[self.fn.__name__] += 1
+        return interpret(self, *args, **kwargs)
+
+    JITFunction.run = counted_run
+    GridExecutor.__call__ = counted_interpret
+
+
+def randn(*shape: int, dtype: torch.dtype = HALF, **options: Any) -> torch.Tensor:
+    return torch.randn(shape, device=DEVICE, **options).to(dtype)
+
+
+def leaf(*shape: int, dtype: torch.dtype = HALF) -> torch.Tensor:
+    return randn(*shape, dtype=dtype).requires_grad_()
+
+
+# products
+
+
+@problem
+def gemm() -> None:
+    """Tiles, split K, exchanged operands, any strides, in both directions of the loop over K."""
+    from triton_only_backend.kernels.gemm import gemm
+    from triton_only_backend.kernels.gemm_configs import GemmConfig
+
+    for dtype, split_k, swap in itertools.product((HALF, FULL), (1, 3), (False, True)):
+        M, N, K = 37, 45, 101
+        a, b = randn(2, M, K, dtype=dtype), randn(2, N, K, dtype=dtype).mT
+        bias, out = randn(N, dtype=dtype).expand(2, M, N), randn(2, M, N, dtype=dtype)
+        config = GemmConfig("gemm", 32, 32, 32, split_k, 4, 4, 3, swap_operands=swap)
+        gemm(a, b, bias, out, alpha=0.5, beta=2.0, config=config, precision="ieee")
+        gemm(a[:, ::2], b, None, out[:, ::2], alpha=1.0, beta=0.0, config=config, precision="ieee")
+
+
+@problem
+def gemm_tma() -> None:
+    """Both layouts of both operands, stored by descriptors and by pointers."""
+    from triton_only_backend.kernels.gemm_configs import GemmConfig
+    from triton_only_backend.kernels.gemm_tma import gemm_tma
+
+    if not HAS_TMA:
+        return
+    M, N, K = 72, 104, 136
+    for split_k, halves, transposed in ((1, False, False), (3, False, True), (1, True, False)):
+        a = randn(K, M).T if transposed else randn(M, K)
+        b = randn(K, N) if transposed else randn(N, K).T
+        config = GemmConfig(
+            "gemm_tma", 64, 64, 64, split_k, 8, 4, 3, swap_operands=transposed, store_halves=halves
+        )
+        for bias in (None, randn(N).expand(M, N)):
+            out = randn(M, N)
+            gemm_tma(a, b, bias, out, alpha=0.5, beta=2.0, config=config, num_sms=5)
+
+
+@problem
+def gemv() -> None:
+    """One and two rows, K split and whole, K contiguous or not."""
+    from triton_only_backend.kernels.gemm_configs import GemmConfig
+    from triton_only_backend.kernels.gemv import gemv
+
+    for rows, split_k, k_major in itertools.product((1, 2), (1, 3), (False, True)):
+        N, K = 45, 301
+        a = randn(2, rows, K)
+        b = randn(2, N, K).mT if k_major else randn(2, K, N)
+        config = GemmConfig("gemv", 1, 16, 64, split_k, 1, 4, 3)
+        gemv(
+            a, b, randn(N).expand(2, rows, N), randn(2, rows, N), alpha=0.5, beta=2.0, config=config
+        )
+
+
+@problem
+def products_as_they_are_chosen() -> None:
+    """Through the ops, with gradients: what the selection takes on this GPU."""
+    for dtype in (HALF, FULL):
+        for M, N, K in ((1, 72, 136), (7, 136, 72), (131, 65, 77)):
+            a, b, bias = leaf(M, K, dtype=dtype), leaf(N, K, dtype=dtype), leaf(N, dtype=dtype)
+            (ours.mm(a, b.T).sum() + ours.addmm(bias, a, b.T, beta=0.5).sum()).backward()
+            c, d = leaf(3, M, K, dtype=dtype), leaf(3, K, N, dtype=dtype)
+            (ours.bmm(c, d).sum() + ours.baddbmm(bias, c, d, alpha=2.0).sum()).backward()
+    ours.mm(randn(136, 4096), randn(4096, 72), out_dtype=FULL)
+    ours.mm(randn(0, 8), randn(8, 3))
+
+
+@problem
+def linear() -> None:
+    """Several weights, gated, normalised, with each epilogue, for each number of rows."""
+    for rows, K in ((1, 136), (2, 264), (7, 136), (33, 264), (70, 136), (131, 264)):
+        x, N = randn(rows, K), 72
+        weights = [randn(N, K) for _ in range(3)]
+        biases = [randn(N) for _ in range(3)]
+        ours.linear_many(x, weights, biases)
+        options = {"norm_weight": randn(K), "norm_eps": 1e-5}
+        ours.linear_fused(x, weights, biases, **options)
+        for activation in ("none", "silu"):
+            ours.linear_fused(
+                x, weights[:2], biases[:2], activation=activation, gated=True,
+                residual=randn(rows, N), **options,
+            )  # fmt: skip
+
+
+@problem
+def linear_gemv() -> None:
+    from triton_only_backend.kernels.linear_configs import GemvConfig
+    from triton_only_backend.kernels.linear_gemv import linear_gemv
+    from triton_only_backend.kernels.rms_norm import Norm
+
+    for rows, gated in itertools.product((1, 2), (False, True)):
+        K = 264
+        weights = [randn(n, K) for n in ((45, 45) if gated else (45, 7, 72))]
+        outs = [randn(rows, w.shape[0]) for w in (weights[:1] if gated else weights)]
+        biases = [randn(w.shape[0]) for w in weights]
+        linear_gemv(
+            randn(rows, K), weights, biases, outs, config=GemvConfig(8, 128, 4, 3),
+            norm=Norm(randn(K), 1e-5, 0.0), gated=gated,
+        )  # fmt: skip
+
+
+@problem
+def skinny_linear() -> None:
+    from triton_only_backend.kernels.linear_configs import SkinnyConfig
+    from triton_only_backend.kernels.rms_norm import Norm
+    from triton_only_backend.kernels.skinny_linear import skinny_linear
+
+    if not HAS_TMA:
+        return
+    for gated in (False, True):
+        K = 264
+        weights = [randn(n, K) for n in ((72, 72) if gated else (72, 40, 136))]
+        outs = [randn(7, w.shape[0]) for w in (weights[:1] if gated else weights)]
+        skinny_linear(
+            randn(7, K), weights, [randn(w.shape[0]) for w in weights], outs,
+            config=SkinnyConfig(16, 64, 64, 4, 3), norm=Norm(randn(K), 1e-5, 0.0), gated=gated,
+        )  # fmt: skip
+
+
+@problem
+def gated_gemm() -> None:
+    from triton_only_backend.kernels.epilogue import Epilogue
+    from triton_only_backend.kernels.gated_gemm import gated_gemm
+    from triton_only_backend.kernels.linear_configs import GatedConfig
+
+    for tma, swap in itertools.product((False, True) if HAS_TMA else (False,), (False, True)):
+        M, N, K = 37, 72, 136
+        config = GatedConfig(tma, 64, 32, 64, 4, 4, 3, swap=swap)
+        epilogue = Epilogue("silu", residual=randn(M, N))
+        gated_gemm(
+            randn(M, K), [randn(N, K), randn(N, K)], [randn(N), randn(N)], randn(M, N),
+            config=config, epilogue=epilogue,
+        )  # fmt: skip
+
+
+@problem
+def rms_norm() -> None:
+    from triton_only_backend.kernels.rms_norm import Norm, rms_norm
+
+    for K in (7, 1001, 9001):
+        rms_norm(randn(5, K), Norm(randn(K), 1e-5, 1.0), randn(5, K))
+
+
+# attention
+
+
+@problem
+def attention() -> None:
+    """Forward and backward: causal, masked, grouped heads, two head dimensions, each dtype."""
+    cases: tuple[tuple[torch.dtype, int, int, dict[str, Any]], ...] = (
+        (HALF, 8, 8, {}),
+        (HALF, 40, 72, {"is_causal": True}),
+        (HALF, 128, 128, {"is_causal": True}),
+        (HALF, 64, 64, {"softcap": 5.0, "window_left": 9, "window_right": 3}),
+        (torch.float16, 40, 40, {"is_causal": True}),
+        (FULL, 40, 72, {"is_causal": True}),
+    )
+    for dtype, dim, dim_v, options in cases:
+        q, k = leaf(2, 4, 131, dim, dtype=dtype), leaf(2, 2, 77, dim, dtype=dtype)
+        v = leaf(2, 2, 77, dim_v, dtype=dtype)
+        ours.attention(q, k, v, enable_gqa=True, **options).sum().backward()
+    q, k = leaf(1, 2, 133, 24), leaf(1, 2, 70, 24)
+    for mask in (torch.rand(133, 70, device=DEVICE) > 0.3, randn(1, 1, 1, 70)):
+        ours.attention(q, k, k, mask).sum().backward()
+    seed = ours.random_seeds(1, device=q.device)
+    ours.attention(q, k, k, None, seed, dropout_p=0.3).sum().backward()
+
+
+@problem
+def decode() -> None:
+    """Few queries: keys whole and split, whatever the number of heads in a group."""
+    for length, group, queries in ((7, 1, 1), (501, 4, 1), (4099, 8, 3), (1003, 3, 2)):
+        for dtype in (HALF, FULL):
+            q = randn(1, 2 * group, queries, 64, dtype=dtype)
+            k, v = (randn(1, 2, length, 64, dtype=dtype) for _ in range(2))
+            mask = torch.rand(1, 1, queries, length, device=DEVICE) > 0.2
+            for options in ({}, {"is_causal": True}):
+                ours.attention_forward(q, k, v, enable_gqa=True, **options)
+            ours.attention(q, k, v, mask, enable_gqa=True)
+
+
+@problem
+def decode_split() -> None:
+    """The keys of one head over several programs, whatever the GPU would choose."""
+    import dataclasses
+
+    from triton_only_backend.kernels import sdpa
+
+    select = sdpa.select_decode_config
+
+    splits = 0
+
+    def split(*args: Any, **kwargs: Any) -> Any:
+        chosen = select(*args, **kwargs)
+        return dataclasses.replace(chosen, num_splits=splits, block_n=32)
+
+    sdpa.select_decode_config = split
+    try:
+        # The last split to arrive combines a few partial results; many take a launch of their own.
+        for queries, group, length, splits in ((1, 2, 331, 5), (3, 4, 331, 5), (16, 4, 1331, 40)):  # noqa: B007
+            q, k = randn(2, 2 * group, queries, 64), randn(2, 2, length, 64)
+            ours.attention_forward(q, k, k, enable_gqa=True)
+    finally:
+        sdpa.select_decode_config = select
+
+
+@problem
+def packed_sequences() -> None:
+    lengths = torch.tensor([0, 5, 5, 70, 133], dtype=torch.int32, device=DEVICE)
+    q, k, v = leaf(133, 4, 40), leaf(133, 2, 40), leaf(133, 2, 40)
+    for options in ({}, {"is_causal": True}):
+        out = ours.attention_varlen(q, k, v, lengths, lengths, 65, 65, **options)
+        out.sum().backward()
+
+
+@problem
+def rope_cache() -> None:
+    """Rotation, cache write and attention in one op; caches short and long."""
+    for length, kv_heads, rope in ((7, 1, "half"), (1003, 2, "half"), (4099, 2, "interleaved")):
+        batch, dim = 2, 64
+        width = dim if rope == "half" else dim // 2
+        cos, sin = (randn(batch, 1, width, dtype=FULL) for _ in range(2))
+        q = randn(batch, 8, 1, dim)
+        k, v = (randn(batch, kv_heads, 1, dim) for _ in range(2))
+        caches = [randn(batch, kv_heads, length, dim) for _ in range(2)]
+        positions = torch.tensor([length - 3, 0], device=DEVICE)
+        ours.attention_rope_cache(q, k, v, cos, sin, *caches, positions, None, rope=rope)
+        mask = torch.rand(batch, 1, 1, length, device=DEVICE) > 0.2
+        ours.attention_rope_cache(
+            q, k, v, None, None, *caches, positions, mask, rope="none", is_causal=False
+        )
+
+
+@problem
+def rope_cache_apart() -> None:
+    """So many splits that rotation and cache write take a launch of their own."""
+    from triton_only_backend.kernels.attention_configs import DecodeConfig
+    from triton_only_backend.kernels.rope_cache_attention import attention_rope_cache
+
+    dim, length = 128, 2101
+    q, k, v = randn(2, 16, 1, dim), randn(2, 1, 1, dim), randn(2, 1, 1, dim)
+    cos, sin = (randn(2, 1, dim, dtype=FULL) for _ in range(2))
+    caches = [randn(2, 1, length, dim) for _ in range(2)]
+    attention_rope_cache(
+        q, k, v, cos, sin, *caches, torch.tensor([5, length - 1], device=DEVICE), None,
+        randn(2, 16, 1, dim), rope="half", is_causal=False, scale=None,
+        config=DecodeConfig(32, 64, 4, 2, 16),
+    )  # fmt: skip
+
+
+@problem
+def random_seeds() -> None:
+    for count in (0, 1, 5):
+        ours.random_seeds(count, device=torch.device(DEVICE))
+
+
+def run(names: list[str]) -> int:
+    """Runs problems by name; returns the exit status."""
+    interpreter.install_if_wanted()
+    count_launches()
+    for name in names:
+        torch.manual_seed(0)
+        start = time.perf_counter()
+        before = launched.total()
+        PROBLEMS[name]()
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+        print(
+            f"{name:<28} {launched.total() - before:5} launches {time.perf_counter() - start:7.1f} s"
+        )
+    kernels = entry_kernels()
+    print()
+    for name, file in sorted(kernels.items()):
+        print(f"{name:<36} {file:<32} {launched[name]:5}")
+    missing = [name for name in kernels if not launched[name]]
+    print(f"\n{len(kernels) - len(missing)} of {len(kernels)} kernels launched")
+    if missing and len(names) == len(PROBLEMS):
+        print(f"not launched: {', '.join(missing)}; add a problem to {__file__}")
+        return 1
+    return 0
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--only", default="", help="problems whose name holds this")
+    asked = parser.parse_args().only
+    names = [name for name in PROBLEMS if asked in name]
+    if not names:
+        sys.exit(f"no problem is called {asked!r} (there are {', '.join(PROBLEMS)})")
+    sys.exit(run(names))
+
+
+if __name__ == "__main__":
+    main()
