@@ -11,8 +11,20 @@ import pytest
 import torch
 from rich.console import Console
 
-from triton_only_backend import cli, environment
-from triton_only_backend.bench import attention, gemm, generation, models, record, timing
+from triton_only_backend import cli, environment, timing
+from triton_only_backend.audit.kernel_report import KernelEvent, KernelReport, KernelRow
+from triton_only_backend.audit.policy import Provider
+from triton_only_backend.bench import (
+    ablation,
+    attention,
+    breakdown,
+    gemm,
+    generation,
+    models,
+    plots,
+    record,
+)
+from triton_only_backend.passes import pipeline
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -48,7 +60,7 @@ def test_flops_and_bytes_of_attention() -> None:
 def test_floors_of_llama3_8b() -> None:
     pytest.importorskip("transformers")
     shape = models.MODELS["llama3-8b"]
-    model = models.build(shape, torch.bfloat16, torch.device("meta"))
+    model = models.build(shape, torch.bfloat16, torch.device("meta"), 2, 768)
     assert model.num_parameters() == 8_030_261_248
     # 7.5 G weights that are read, the embedding left out; 768 tokens of 128 KiB, twice.
     assert models.step_floor_bytes(model, shape, 2, 768) == 2 * 7_504_924_672 + 2 * 768 * 2**17
@@ -129,8 +141,8 @@ def test_relative_error() -> None:
 
 
 def test_gemm_shapes_are_measured_once() -> None:
-    layers = gemm.Plan("all", "bf16", (1,)).layers()
-    assert len({(n, k) for _, n, k in layers}) == len(layers) == 8
+    layers = [p for p in gemm.Plan("all", "bf16", (1,)).products() if p.op == "mm"]
+    assert len({(p.N, p.K) for p in layers}) == len(layers) == 15
 
 
 def test_long_attention_cases_can_be_left_out() -> None:
@@ -150,6 +162,61 @@ def test_gemm_summary() -> None:
     assert found["least speedup"] == 0.5
     assert found["wrong rows"] == found["rows slower than cuBLAS"] == 1
     assert found["geomean speedup by M"] == pytest.approx({1: 1.0, 8: 4.0})
+
+
+def test_batched_products_are_of_attention_and_experts() -> None:
+    batched = gemm.Plan("batched", "bf16", (1,)).products()
+    assert {p.op for p in batched} == {"bmm", "baddbmm"}
+    assert all(p.M is not None and p.batch > 1 for p in batched)
+    assert {p.name.split()[0] for p in batched} == {"attention", "8", "64"}
+
+
+@pytest.mark.parametrize("op", ["mm", "bmm", "baddbmm"])
+@pytest.mark.parametrize("k_contiguous", [True, False])
+def test_bench_gemm_with_played_times(
+    op: str, k_contiguous: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole command but for the clock: what is called, checked, written and drawn."""
+    batch, M = (1, None) if op == "mm" else (3, 5)
+    product = gemm.Product("small", 24, 40, op, batch, M)
+    monkeypatch.setitem(gemm.SHAPES, "small", (product,))
+    monkeypatch.setattr(gemm, "require_gpu", lambda: torch.device("cpu"))
+    monkeypatch.setattr(gemm, "ceilings", lambda dtype: timing.Ceilings(1e12, 1e12, "played"))
+    monkeypatch.setattr(gemm, "copies_for", lambda size: 2)
+    times = iter([2.0, 3.0, 4.0] * 2)
+    shapes = []
+
+    def played(fns: Any, reps: int) -> float:
+        shapes.append(tuple(fns[1]().shape))
+        return next(times)
+
+    monkeypatch.setattr(gemm, "measure", played)
+    # Inductor has no Triton template for the CPU.
+    monkeypatch.setattr(gemm.torch, "compile", lambda function, **_: function)
+    plan = gemm.Plan("small", "fp32", (4, 16), gemm.PROVIDERS, k_contiguous)
+    path, plot = tmp_path / "gemm.json", tmp_path / "gemm.svg"
+    text = io.StringIO()
+    assert gemm.run(plan, Console(file=text, width=200), path, "bench", plot) == 0
+    written = json.loads(path.read_text())
+    rows = written["rows"]
+    assert [row["M"] for row in rows] == ([4, 16] if op == "mm" else [5])
+    assert all(row["speedup"] == 1.5 and row["speedup_over_inductor"] == 2 for row in rows)
+    assert all(row["correct"] and 0 < row["error"] < 1e-5 for row in rows)
+    assert set(shapes) == {(4, 24), (16, 24)} if op == "mm" else {(3, 5, 24)}
+    assert written["summary"]["geomean speedup over Inductor"] == pytest.approx(2)
+    assert "150%" not in text.getvalue() and "1.500" in text.getvalue()
+    assert "24 × 40" in plot.read_text() or "<svg" in plot.read_text()
+
+
+def test_bench_gemm_notices_wrong_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    product = gemm.Product("small", 24, 40)
+    a, weights = torch.randn(4, 40), [torch.randn(24, 40)]
+    limits = timing.Ceilings(1e12, 1e12, "played")
+    monkeypatch.setattr(gemm, "measure", lambda fns, reps: 1.0)
+    functions = gemm.calls("mm", (gemm.OURS, gemm.CUBLAS))
+    assert gemm.measure_product(product, a, weights, limits, functions)["correct"]
+    wrong = {**functions, gemm.OURS: lambda a, b, bias: 1.001 * (a @ b)}
+    assert not gemm.measure_product(product, a, weights, limits, wrong)["correct"]
 
 
 @pytest.mark.parametrize(
@@ -235,7 +302,7 @@ def test_each_provider_is_recorded_as_soon_as_it_is_measured(
 
 def test_logits_in_fp32_are_those_of_the_model() -> None:
     pytest.importorskip("transformers")
-    model = models.build(models.MODELS["llama-tiny"], torch.float32, torch.device("cpu"))
+    model = models.build(models.MODELS["llama-tiny"], torch.float32, torch.device("cpu"), 2, 16)
     plan = dataclasses.replace(PLAN, dtype="fp32")
     with torch.no_grad():
         trial = generation.Trial(model, generation.providers.PROVIDERS["eager"], plan)
@@ -265,3 +332,73 @@ def test_bench_model_in_the_interpreter(tmp_path: Path, capsys: pytest.CaptureFi
     assert ours["graphs"] == 2
     assert ours["kernels_per_step"] > 0
     assert ours["ms_per_token"] > 0
+
+
+def test_parts_of_a_step_add_up_to_its_time() -> None:
+    ours, theirs = Provider.TRITON_OURS, Provider.TRITON_INDUCTOR
+    events = (
+        KernelEvent("linear_gemv_kernel", ours, 10.0, 5.0),
+        KernelEvent("rope_cache_attention_kernel", ours, 8.0, 11.0),  # launched early: ends at 19
+        KernelEvent("triton_poi_fused_0", theirs, 2.0, 20.0),
+        KernelEvent("Memcpy DtoD", Provider.MEMCPY, 1.0, 22.0),
+        KernelEvent("ampere_gemm", Provider.CUBLAS, 3.0, 25.0),
+    )
+    rows = tuple(KernelRow(e.name, e.provider, 1, e.time_us, 0.2) for e in events)
+    found = breakdown.breakdown(KernelReport(rows, "gpu", events))
+    assert found == {
+        breakdown.PRODUCTS: 10.0,
+        breakdown.ATTENTION: 4.0,
+        breakdown.INDUCTOR: 2.0,
+        breakdown.COPIES: 1.0,
+        breakdown.LIBRARIES: 3.0,
+        breakdown.GAPS: 3.0,
+    }
+    assert sum(found.values()) == 28.0 - 5.0
+    assert set(breakdown.breakdown(KernelReport((), "gpu")).values()) == {0.0}
+
+
+def test_passes_are_switched_on_one_after_another() -> None:
+    sets = ablation.disabled_sets()
+    assert set(ablation.PASSES) <= set(pipeline.NAMES)
+    assert [len(disabled) for _, disabled in sets] == list(range(len(ablation.PASSES), -1, -1))
+
+
+def test_charts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    rows = [
+        {"provider": name, "ms_per_token": ms, "prefill_ms": 10 * ms}
+        for name, ms in (("eager", 4.0), ("triton_only", 1.0))
+    ]
+    plan = {"model": "llama-tiny", "dtype": "bf16", "batch": 2, "prompt": 4}
+    record = tmp_path / "record.json"
+    record.write_text(json.dumps({"summary": {"plan": plan}, "rows": rows}))
+    picture = tmp_path / "pictures" / "models.svg"
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["bench", "chart", str(record), str(record), "--out", str(picture)])
+    assert not stopped.value.code, capsys.readouterr().err
+    assert picture.read_text().count("triton_only") >= 1
+
+    record.write_text("[]")
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["bench", "chart", str(record), "--out", str(picture)])
+    assert stopped.value.code == 2
+    assert "record.json is no record of bench model" in capsys.readouterr().err
+
+    steps = [{"passes": "all", "breakdown_decode": dict.fromkeys(breakdown.PARTS, 2.0)}]
+    plots.plot_steps(steps, tmp_path / "steps.svg", "a step")
+    assert "between kernels" in (tmp_path / "steps.svg").read_text()
+
+
+def test_the_plain_model_is_a_llama() -> None:
+    """Its cache and rotation give what the whole sequence at once gives."""
+    torch.manual_seed(0)
+    shape = models.MODELS["plain-tiny"]
+    model = models.build(shape, torch.float32, torch.device("cpu"), 2, 16)
+    tokens = torch.randint(shape.vocabulary, (2, 9))
+    with torch.no_grad():
+        whole = model(tokens, torch.arange(9))
+        model.reset()
+        model.logits(tokens[:, :6], torch.arange(6))
+        for i in range(6, 9):
+            step = model.logits(tokens[:, i : i + 1], torch.tensor([i]))
+            torch.testing.assert_close(step, whole[:, i], rtol=1e-4, atol=1e-5)

@@ -1,8 +1,9 @@
-"""Our attention against every kernel behind `scaled_dot_product_attention`, where each runs.
+"""Our attention against every kernel behind `scaled_dot_product_attention` and FlexAttention.
 
-32 query heads of 128, as in Llama-3-8B. Prefill cases take queries, keys and values as a model's
-projections leave them, (batch, length, heads, 128) transposed; decode cases a cache, (batch, heads,
-length, 128), in enough copies that each call reads it from memory.
+32 query heads of 128, as in Llama-3-8B, or of another head dimension. Prefill and training cases
+take queries, keys and values as a model's projections leave them, (batch, length, heads, 128)
+transposed; decode cases a cache, (batch, heads, length, 128), in enough copies that each call reads
+it from memory. A training case is a forward and its backward, causal.
 """
 
 from __future__ import annotations
@@ -15,13 +16,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.table import Table
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import flex_attention as flex
 from torch.nn.functional import scaled_dot_product_attention
 
 from triton_only_backend import environment
+from triton_only_backend.bench import plots
 from triton_only_backend.bench.gemm import geomean
 from triton_only_backend.bench.models import DTYPES
 from triton_only_backend.bench.record import Record, format_value
-from triton_only_backend.bench.timing import (
+from triton_only_backend.timing import (
     ceilings,
     copies_for,
     measure,
@@ -36,10 +39,11 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from triton_only_backend.bench.timing import Ceilings
+    from triton_only_backend.timing import Ceilings
 
 HEADS, HEAD_DIM = 32, 128
-KINDS = ("causal", "full", "decode")
+KINDS = ("causal", "full", "decode", "training")
+PROVIDERS = ("ours", "cudnn", "flash", "efficient", "flex", "math")
 BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -48,7 +52,10 @@ BACKENDS = {
 }
 PREFILL_BATCH = 2
 PREFILL_LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
-DECODE = ((1, 512), (2, 768), (1, 4096), (1, 32768), (16, 2048), (64, 4096))
+DECODE = ((1, 512), (2, 768), (1, 2048), (1, 4096), (1, 8192), (1, 32768), (1, 131072), (4, 4096),
+          (16, 2048), (16, 8192), (64, 1024), (64, 4096))  # fmt: skip
+# Longer than this, gradients are not compared with those in fp64.
+MAX_CHECKED_GRADIENT = 4096
 # Scores that PyTorch's math kernel may hold in memory at once.
 MATH_SCORES = 1 << 31
 # Ours may err this much more than the best library kernel: P is rounded once more or less.
@@ -57,34 +64,42 @@ ERROR_FACTOR = 2.0
 
 @dataclass(frozen=True)
 class Case:
-    """Query (batch, 32, len_q, 128) over key and value (batch, kv_heads, len_kv, 128)."""
+    """Query (batch, 32, len_q, head_dim) over key and value (batch, kv_heads, len_kv, head_dim)."""
 
     kind: str
     batch: int
     len_q: int
     len_kv: int
     kv_heads: int
+    head_dim: int = HEAD_DIM
 
     @property
     def is_causal(self) -> bool:
         """Whether a query sees only the keys up to its own place."""
-        return self.kind == "causal"
+        return self.kind in ("causal", "training")
 
     @property
     def flops(self) -> int:
-        """Operations of both products, masked scores left out."""
-        full = 4 * self.batch * HEADS * self.len_q * self.len_kv * HEAD_DIM
-        return full // 2 if self.is_causal else full
+        """Operations of the products, masked scores left out: two, and five of a backward."""
+        full = 4 * self.batch * HEADS * self.len_q * self.len_kv * self.head_dim
+        full = full // 2 if self.is_causal else full
+        return full * 7 // 2 if self.kind == "training" else full
 
     def bytes_moved(self, element_size: int) -> int:
-        """The fewest bytes: operands read once, the output written once."""
-        query = self.batch * HEADS * self.len_q * HEAD_DIM
-        return (2 * query + 2 * self.kv_elements) * element_size
+        """The fewest bytes: operands read once, the output written once.
+
+        A backward reads these and the output's gradient, and writes the operands' gradients.
+        """
+        query = self.batch * HEADS * self.len_q * self.head_dim
+        moved = 2 * query + 2 * self.kv_elements
+        if self.kind == "training":
+            moved += 4 * query + 4 * self.kv_elements
+        return moved * element_size
 
     @property
     def kv_elements(self) -> int:
         """Elements of the keys."""
-        return self.batch * self.kv_heads * self.len_kv * HEAD_DIM
+        return self.batch * self.kv_heads * self.len_kv * self.head_dim
 
 
 @dataclass(frozen=True)
@@ -96,12 +111,16 @@ class Plan:
         dtype: a key of `models.DTYPES`.
         kv_heads: a divisor of 32.
         max_length: cases with more keys are left out.
+        head_dim: of queries, keys and values.
+        batch: of the prefill and training cases.
     """
 
     kinds: str
     dtype: str
     kv_heads: int
     max_length: int
+    head_dim: int = HEAD_DIM
+    batch: int = PREFILL_BATCH
 
     def cases(self) -> Iterator[Case]:
         """The cases, in order."""
@@ -109,10 +128,10 @@ class Plan:
             if kind == "decode":
                 sizes = [(batch, 1, length) for batch, length in DECODE]
             else:
-                sizes = [(PREFILL_BATCH, length, length) for length in PREFILL_LENGTHS]
+                sizes = [(self.batch, length, length) for length in PREFILL_LENGTHS]
             for batch, len_q, len_kv in sizes:
                 if len_kv <= self.max_length:
-                    yield Case(kind, batch, len_q, len_kv, self.kv_heads)
+                    yield Case(kind, batch, len_q, len_kv, self.kv_heads, self.head_dim)
 
 
 Operands = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -123,8 +142,8 @@ def make_operands(case: Case, dtype: torch.dtype, device: torch.device) -> list[
 
     def draw(heads: int, length: int) -> torch.Tensor:
         if case.kind == "decode":
-            return torch.randn(case.batch, heads, length, HEAD_DIM, device=device, dtype=dtype)
-        size = (case.batch, length, heads, HEAD_DIM)
+            return torch.randn(case.batch, heads, length, case.head_dim, device=device, dtype=dtype)
+        size = (case.batch, length, heads, case.head_dim)
         return torch.randn(size, device=device, dtype=dtype).transpose(1, 2)
 
     copies = copies_for(2 * case.kv_elements * dtype.itemsize)
@@ -151,7 +170,7 @@ def reference_errors(
             k, v = key[batch, head].double(), value[batch, head].double()
             for index in _head_blocks(head * group, group, case):
                 q = query[batch, index].double()
-                scores = q @ k.t() / math.sqrt(HEAD_DIM)
+                scores = q @ k.t() / math.sqrt(case.head_dim)
                 if case.is_causal:
                     hidden = torch.ones_like(scores[0], dtype=torch.bool).triu(1)
                     scores.masked_fill_(hidden, float("-inf"))
@@ -183,6 +202,68 @@ def library_call(case: Case, backend: SDPBackend) -> Callable[[Operands], torch.
     return call
 
 
+def flex_call(case: Case, device: torch.device) -> Callable[[Operands], torch.Tensor]:
+    """flex_attention, compiled by Inductor, with the block mask of the case."""
+    block_mask = None
+    if case.is_causal:
+        block_mask = flex.create_block_mask(
+            lambda batch, head, query, key: query >= key,
+            None, None, case.len_q, case.len_kv, device=device,
+        )  # fmt: skip
+    torch.compiler.reset()  # else flex runs in eager mode once it has been compiled eight times
+    compiled = torch.compile(flex.flex_attention, dynamic=False)
+
+    def call(operands: Operands) -> torch.Tensor:
+        output: torch.Tensor = compiled(
+            *operands, block_mask=block_mask, enable_gqa=case.kv_heads != HEADS
+        )
+        return output
+
+    return call
+
+
+def with_gradients(
+    call: Callable[[Operands], torch.Tensor],
+) -> Callable[[Operands], tuple[torch.Tensor, ...]]:
+    """The call's output and the gradients of its operands, for the output as its own gradient."""
+
+    def forward_and_backward(operands: Operands) -> tuple[torch.Tensor, ...]:
+        with torch.enable_grad():
+            output = call(operands)
+            return output, *torch.autograd.grad(output, operands, output.detach())
+
+    return forward_and_backward
+
+
+def gradient_errors(
+    case: Case, operands: Operands, found: dict[str, tuple[torch.Tensor, ...]]
+) -> dict[str, float]:
+    """The greatest relative error of each provider's gradients, one KV head of each batch.
+
+    Each against the exact gradient for that provider's own output gradient.
+    """
+    group = HEADS // case.kv_heads
+    errors = {}
+    for name, (output, *grads) in found.items():
+        squares, norms = [0.0] * 3, [0.0] * 3
+        for batch in range(case.batch):
+            heads = slice(0, group), slice(0, 1), slice(0, 1)
+            exact = [
+                t[batch, h].detach().double().requires_grad_()
+                for t, h in zip(operands, heads, strict=True)
+            ]
+            with torch.enable_grad():
+                scores = exact[0] @ exact[1].mT / math.sqrt(case.head_dim)
+                hidden = torch.ones_like(scores[0], dtype=torch.bool).triu(1)
+                out = scores.masked_fill(hidden, float("-inf")).softmax(-1) @ exact[2]
+                true = torch.autograd.grad(out, exact, output[batch, heads[0]].detach().double())
+            for i, (grad, h) in enumerate(zip(grads, heads, strict=True)):
+                squares[i] += float((grad[batch, h].double() - true[i]).square().sum())
+                norms[i] += float(true[i].square().sum())
+        errors[name] = max(math.sqrt(s / n) for s, n in zip(squares, norms, strict=True))
+    return errors
+
+
 def our_call(case: Case) -> Callable[[Operands], torch.Tensor]:
     """triton_only::attention."""
 
@@ -198,26 +279,42 @@ def our_call(case: Case) -> Callable[[Operands], torch.Tensor]:
 @torch.no_grad()
 def measure_case(case: Case, dtype: torch.dtype, limits: Ceilings) -> dict[str, Any]:
     """A row of the benchmark."""
-    copies = make_operands(case, dtype, require_gpu())
-    calls = {"ours": our_call(case)}
-    outputs: dict[str, torch.Tensor] = {}
-    poison((case.batch, case.len_q, HEADS, HEAD_DIM), copies[0][0])
-    outputs["ours"] = calls["ours"](copies[0])
+    device = require_gpu()
+    copies = make_operands(case, dtype, device)
+    is_training = case.kind == "training"
+    if is_training:
+        for operands in copies:
+            for operand in operands:
+                operand.requires_grad_()
+    candidates: dict[str, Callable[[Operands], torch.Tensor]] = {"ours": our_call(case)}
+    candidates |= {name: library_call(case, backend) for name, backend in BACKENDS.items()}
+    candidates["flex"] = flex_call(case, device)
+    calls: dict[str, Callable[[Operands], Any]] = {}
+    found: dict[str, tuple[torch.Tensor, ...]] = {}
     not_run: dict[str, str] = {}
-    for name, backend in BACKENDS.items():
+    poison((case.batch, case.len_q, HEADS, case.head_dim), copies[0][0].detach())
+    for name in PROVIDERS:
+        call: Callable[[Operands], Any] = candidates[name]
         scores = case.batch * HEADS * case.len_q * case.len_kv
-        if name == "math" and scores > MATH_SCORES:
+        if name == "math" and scores * (2 if is_training else 1) > MATH_SCORES:
             not_run[name] = f"it would hold {scores:,} scores in memory"
             continue
-        call = library_call(case, backend)
+        if is_training:
+            call = with_gradients(call)
         try:
-            outputs[name] = call(copies[0])
+            result = call(copies[0])
         except RuntimeError as refusal:  # the only sign that a backend does not cover a case
+            if name == "ours":
+                raise
             not_run[name] = str(refusal).splitlines()[0]
             continue
+        found[name] = result if is_training else (result,)
         calls[name] = call
-    errors = reference_errors(case, copies[0], outputs)
-    outputs.clear()
+    errors = reference_errors(case, copies[0], {name: out[0] for name, out in found.items()})
+    gradients: dict[str, float] = {}
+    if is_training and case.len_q <= MAX_CHECKED_GRADIENT:
+        gradients = gradient_errors(case, copies[0], found)
+    found.clear()
     floor = limits.floor_us(case.bytes_moved(dtype.itemsize), case.flops)
     times = {}
     for name, call in calls.items():
@@ -226,27 +323,38 @@ def measure_case(case: Case, dtype: torch.dtype, limits: Ceilings) -> dict[str, 
             [lambda c=call, o=operands: c(o) for operands in copies],  # type: ignore[misc]
             reps=reps,
         )
-    library = {name: us for name, us in times.items() if name != "ours"}
+    library = {name: us for name, us in times.items() if name in BACKENDS}
     best = min(library, key=library.__getitem__)
     ours = times["ours"]
+    moved = case.bytes_moved(dtype.itemsize)
+    correct = errors["ours"] <= ERROR_FACTOR * min(errors[name] for name in library)
+    if gradients:
+        others = min(error for name, error in gradients.items() if name in BACKENDS)
+        correct = correct and gradients["ours"] <= ERROR_FACTOR * others
     return {
         "kind": case.kind,
         "batch": case.batch,
         "len_q": case.len_q,
         "len_kv": case.len_kv,
         "kv_heads": case.kv_heads,
+        "head_dim": case.head_dim,
         **{f"{name}_us": us for name, us in times.items()},
         "best_library": best,
         "speedup": library[best] / ours,
         "speedup_over_flash": library["flash"] / ours if "flash" in library else None,
+        "speedup_over_cudnn": library["cudnn"] / ours if "cudnn" in library else None,
+        "speedup_over_flex": times["flex"] / ours if "flex" in times else None,
         "floor_us": floor,
         "floor_share": floor / ours,
-        "tb_per_second": case.bytes_moved(dtype.itemsize) / ours * 1e-6,
+        "tb_per_second": moved / ours * 1e-6,
         "tflop_per_second": case.flops / ours * 1e-6,
+        **{f"{name}_tb_per_second": moved / us * 1e-6 for name, us in times.items()},
+        **{f"{name}_tflop_per_second": case.flops / us * 1e-6 for name, us in times.items()},
         "best_tflop_per_second": case.flops / library[best] * 1e-6,
         "error": errors["ours"],
-        **{f"{name}_error": errors[name] for name in library},
-        "correct": errors["ours"] <= ERROR_FACTOR * min(errors[name] for name in library),
+        **{f"{name}_error": errors[name] for name in times if name != "ours"},
+        **{f"{name}_gradient_error": error for name, error in gradients.items()},
+        "correct": correct,
         "not_run": not_run,
     }
 
@@ -259,16 +367,23 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
         if speedups:
             found[f"{kind}: geomean speedup over the best library kernel"] = geomean(speedups)
             found[f"{kind}: least speedup"] = min(speedups)
-        flash = [row["speedup_over_flash"] for row in rows if row["kind"] == kind]
-        flash = [speedup for speedup in flash if speedup is not None]
-        if flash:
-            found[f"{kind}: geomean speedup over FlashAttention-2"] = geomean(flash)
+        for name, title in (("cudnn", "cuDNN"), ("flash", "FlashAttention-2"), ("flex", "flex")):
+            over = [row.get(f"speedup_over_{name}") for row in rows if row["kind"] == kind]
+            measured = [speedup for speedup in over if speedup is not None]
+            if measured:
+                found[f"{kind}: geomean speedup over {title}"] = geomean(measured)
+                found[f"{kind}: least speedup over {title}"] = min(measured)
     found["wrong rows"] = sum(not row["correct"] for row in rows)
     return found
 
 
-def run(plan: Plan, console: Console, json_path: Path | None, command: str) -> int:
+def run(
+    plan: Plan, console: Console, json_path: Path | None, command: str, plot: Path | None = None
+) -> int:
     """Measures each case, prints a table, and writes the record after every case.
+
+    Args:
+        plot: where to draw the rates of all providers over the lengths; its suffix says how.
 
     Returns:
         The exit status: 1 if a result was wrong, else 0.
@@ -277,12 +392,15 @@ def run(plan: Plan, console: Console, json_path: Path | None, command: str) -> i
         BenchmarkError: there is no GPU.
     """
     require_gpu()
+    if plot is not None:
+        plots.require_matplotlib()
     dtype = DTYPES[plan.dtype]
     limits = ceilings(dtype)
     record = Record(environment.collect(), command)
     torch.manual_seed(0)
-    table = Table(title=f"attention, 32 heads of 128, {plan.kv_heads} KV heads, {plan.dtype}")
-    for heading in ("kind", "B", "Lq", "Lkv", "ours µs", *(f"{b} µs" for b in BACKENDS), "speedup",
+    title = f"attention, 32 heads of {plan.head_dim}, {plan.kv_heads} KV heads, {plan.dtype}"
+    table = Table(title=title)
+    for heading in ("kind", "B", "Lq", "Lkv", *(f"{p} µs" for p in PROVIDERS), "speedup",
                     "of the floor", "TB/s", "TFLOP/s", "error", "library error"):  # fmt: skip
         table.add_column(heading, justify="left" if heading == "kind" else "right")
     for case in plan.cases():
@@ -290,7 +408,7 @@ def run(plan: Plan, console: Console, json_path: Path | None, command: str) -> i
         record.rows.append(row)
         record.summary = {**summarise(record.rows), "dtype": plan.dtype, "floor": limits.source}
         record.write(json_path)
-        keys = ("kind", "batch", "len_q", "len_kv", "ours_us", *(f"{b}_us" for b in BACKENDS))
+        keys = ("kind", "batch", "len_q", "len_kv", *(f"{p}_us" for p in PROVIDERS))
         table.add_row(
             *(format_value(row.get(key)) for key in keys),
             f"{row['speedup']:.3f}",
@@ -306,4 +424,6 @@ def run(plan: Plan, console: Console, json_path: Path | None, command: str) -> i
     reasons = {(name, why) for row in record.rows for name, why in row["not_run"].items()}
     for name, why in sorted(reasons):
         console.print(f"{name} did not run: {why}", markup=False, highlight=False)
+    if plot is not None:
+        plots.plot_attention(record.rows, PROVIDERS, plot, f"{title}, {record.environment['gpu']}")
     return int(record.summary["wrong rows"] > 0)

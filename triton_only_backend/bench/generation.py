@@ -9,10 +9,8 @@ one for the decode step; the first call of each counts as compilation.
 from __future__ import annotations
 
 import gc
-import itertools
 import statistics
 import time
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,25 +18,27 @@ from rich.table import Table
 
 from triton_only_backend import environment, interpreter
 from triton_only_backend.bench import models, providers
+from triton_only_backend.bench.breakdown import breakdown
+from triton_only_backend.bench.exclusive import exclusive
 from triton_only_backend.bench.record import Record, format_value
-from triton_only_backend.bench.timing import BenchmarkError, Ceilings, ceilings, relative_error
+from triton_only_backend.bench.trial import (
+    COMPARED_STEPS,
+    PROFILED_STEP,
+    Plan,
+    Stopwatch,
+    Trial,
+    make_tokens,
+    synchronize,
+)
+from triton_only_backend.timing import BenchmarkError, Ceilings, ceilings, relative_error
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from rich.console import Console
-    from transformers import LlamaForCausalLM
 
     from triton_only_backend.audit import KernelReport
     from triton_only_backend.bench.providers import Provider
-    from triton_only_backend.demo.generate import StaticDecoder
-
-CACHE_MULTIPLE = 16
-# Decode steps on given tokens, besides the prefill, over which logits are compared.
-COMPARED_STEPS = 4
-# Steps before the profiled one: CUDA graphs have been recorded by then.
-PROFILED_STEP = 2
 
 COLUMNS = {
     "provider": "provider",
@@ -55,153 +55,16 @@ COLUMNS = {
 }
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What to run.
-
-    Attributes:
-        model: a key of `models.MODELS`.
-        dtype: a key of `models.DTYPES`.
-        batch: sequences.
-        prompt: tokens in each.
-        new_tokens: tokens to generate for each, the first of which the prefill gives.
-        providers: keys of `providers.PROVIDERS`.
-        logits_error: whether to compare logits with those of an fp32 model.
-        prefills: timed prefills.
-        warmup: prefills and steps after the first, untimed: CUDA graphs need two to be recorded.
-        eager_tokens: upper bound of `new_tokens` for a provider that does not compile.
-    """
-
-    model: str
-    dtype: str
-    batch: int
-    prompt: int
-    new_tokens: int
-    providers: tuple[str, ...]
-    logits_error: bool
-    prefills: int = 7
-    warmup: int = 3
-    eager_tokens: int = 64
-
-    def for_interpreter(self) -> Plan:
-        """The same with as little repetition as can be: the interpreter takes a second a step."""
-        return replace(self, prefills=1, warmup=0)
-
-    @property
-    def cache_length(self) -> int:
-        """Tokens that the cache holds: at least those that are generated, compared, profiled."""
-        steps = max(self.new_tokens, COMPARED_STEPS + 1, PROFILED_STEP + 2)
-        return -(-(self.prompt + steps) // CACHE_MULTIPLE) * CACHE_MULTIPLE
-
-
-class Stopwatch:
-    """Marks moments on the device's own time line without waiting for it; on a CPU, the host's."""
-
-    def __init__(self, device: torch.device) -> None:
-        """Starts without a mark."""
-        self._device = device
-        self._marks: list[Any] = []
-
-    def mark(self) -> None:
-        """Marks the end of what was launched so far."""
-        if self._device.type == "cpu":
-            self._marks.append(time.perf_counter())
-            return
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        self._marks.append(event)
-
-    def intervals_ms(self) -> list[float]:
-        """Milliseconds between successive marks."""
-        synchronize(self._device)
-        pairs = itertools.pairwise(self._marks)
-        if self._device.type == "cpu":
-            return [(end - begin) * 1e3 for begin, end in pairs]
-        return [begin.elapsed_time(end) for begin, end in pairs]
-
-
-def synchronize(device: torch.device) -> None:
-    """Waits for the device."""
-    if device.type != "cpu":
-        torch.cuda.synchronize(device)
-
-
-def make_tokens(plan: Plan, device: torch.device) -> torch.Tensor:
-    """The prompt and the tokens on which logits are compared: (B, prompt + COMPARED_STEPS)."""
-    generator = torch.Generator().manual_seed(1)
-    size = (plan.batch, plan.prompt + COMPARED_STEPS)
-    vocabulary = models.MODELS[plan.model].vocabulary
-    return torch.randint(0, vocabulary, size, generator=generator).to(device)
-
-
-class Trial:
-    """One provider's step function over its own cache.
-
-    Attributes:
-        decoder: owner of the cache.
-        step: (tokens (B, S), positions (S,)) to the next tokens (B, 1) and their scores (B, V);
-            overwritten by the next call where CUDA graphs are on.
-    """
-
-    def __init__(self, model: LlamaForCausalLM, provider: Provider, plan: Plan) -> None:
-        """Makes the cache, and runs a prefill and a step uncompiled."""
-        from triton_only_backend.demo.generate import StaticDecoder
-
-        self.plan = plan
-        self.decoder: StaticDecoder = StaticDecoder(model, plan.cache_length, plan.batch)
-        self.device = torch.device(model.device)
-        self.tokens = make_tokens(plan, self.device)
-        self.prompt = self.tokens[:, : plan.prompt].contiguous()
-        self.positions = torch.arange(plan.prompt, device=self.device)
-        self.step: Callable[..., Any] = self._step
-        for _ in self.decode(1):
-            pass
-        self.step = provider.prepare(self._step, on_gpu=self.device.type != "cpu")
-
-    def _step(
-        self, tokens: torch.Tensor, positions: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        logits = self.decoder.logits(tokens, positions)
-        return logits.argmax(dim=-1, keepdim=True), logits
-
-    def call(
-        self, tokens: torch.Tensor, positions: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """One call of the step function, a new iteration for CUDA graphs."""
-        torch.compiler.cudagraph_mark_step_begin()
-        next_tokens, logits = self.step(tokens, positions)
-        return next_tokens, logits
-
-    def prefill(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The prompt through an empty cache."""
-        self.decoder.reset()
-        synchronize(self.device)
-        return self.call(self.prompt, self.positions)
-
-    def decode(
-        self, steps: int, given: torch.Tensor | None = None
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """A prefill and `steps` greedy steps; or, with tokens (B, steps) given, steps on those."""
-        tokens, logits = self.prefill()
-        yield tokens, logits
-        positions = self.positions[-1:] + 1
-        for i in range(steps):
-            tokens = tokens.clone() if given is None else given[:, i : i + 1].contiguous()
-            tokens, logits = self.call(tokens, positions)
-            yield tokens, logits
-            positions = positions + 1
-
-
 @torch.no_grad()
 def measure_provider(
-    provider: Provider, model: LlamaForCausalLM, plan: Plan, reference: torch.Tensor | None
+    provider: Provider, model: torch.nn.Module, plan: Plan, reference: torch.Tensor | None
 ) -> dict[str, Any]:
     """A row of the benchmark.
 
     Args:
         reference: see `compared_logits`; None to leave the comparison out.
     """
-    on_gpu = model.device.type != "cpu"
+    on_gpu = models.device_of(model).type != "cpu"
     providers.reset()
     gc.collect()
     if on_gpu:
@@ -217,7 +80,18 @@ def measure_provider(
     row["compile_seconds"] = first_seconds if provider.is_compiled else None
     for _ in range(plan.warmup):
         trial.prefill()
+    with exclusive(trial.device):
+        row.update(_measure(trial, provider, reference))
+    row.update(providers.compilation_counts() if provider.is_compiled else {})
+    if on_gpu:
+        row["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    return row
 
+
+def _measure(trial: Trial, provider: Provider, reference: torch.Tensor | None) -> dict[str, Any]:
+    """What is timed, compared and profiled of a warm trial."""
+    plan = trial.plan
+    row: dict[str, Any] = {}
     prefills = []
     for _ in range(plan.prefills):
         trial.decoder.reset()
@@ -248,9 +122,6 @@ def measure_provider(
         del logits
     row.update(_profiled("decode", profile_step(trial)))
     row.update(_profiled("prefill", profile_prefill(trial)))
-    row.update(providers.compilation_counts() if provider.is_compiled else {})
-    if on_gpu:
-        row["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
     return row
 
 
@@ -298,12 +169,13 @@ def _profiled(what: str, report: KernelReport) -> dict[str, Any]:
         f"triton_share_{what}": report.triton_time_share,
         f"kernel_ms_{what}": sum(row.time_us for row in report.rows) / 1e3,
         f"violations_{what}": [row.name for row in report.violations],
+        f"breakdown_{what}": breakdown(report),
         # Without the single events: the sums say what a benchmark needs in a hundredth of the size.
         f"profile_{what}": {k: v for k, v in report.to_dict().items() if k != "events"},
     }
 
 
-def floors(model: LlamaForCausalLM, plan: Plan, limits: Ceilings) -> dict[str, Any]:
+def floors(model: torch.nn.Module, plan: Plan, limits: Ceilings) -> dict[str, Any]:
     """The least time of a token and of a prefill, in milliseconds, and what bounds them."""
     shape = models.MODELS[plan.model]
     length = plan.prompt + plan.new_tokens // 2
@@ -345,7 +217,7 @@ def run(plan: Plan, console: Console, json_path: Path | None, command: str) -> i
     Raises:
         BenchmarkError: the plan cannot be carried out here.
     """
-    device = _device(plan)
+    device = device_for(plan)
     shape = models.MODELS[plan.model]
     if plan.cache_length > shape.max_length:
         raise BenchmarkError(
@@ -359,7 +231,8 @@ def run(plan: Plan, console: Console, json_path: Path | None, command: str) -> i
         seconds = time.perf_counter() - begin
         console.print(f"[{seconds:6.1f} s] {text}", markup=False, highlight=False)
 
-    model = models.build(shape, models.DTYPES[plan.dtype], device)
+    dtype = models.DTYPES[plan.dtype]
+    model = models.build(shape, dtype, device, plan.batch, plan.cache_length)
     log(
         f"{plan.model}, {plan.dtype}, batch {plan.batch}, {plan.prompt} tokens in, "
         f"{plan.new_tokens} out, cache of {plan.cache_length}"
@@ -367,7 +240,7 @@ def run(plan: Plan, console: Console, json_path: Path | None, command: str) -> i
     record = Record(environment.collect(), command)
     record.summary["plan"] = dict(vars(plan))
     if device.type != "cpu":
-        record.summary.update(floors(model, plan, ceilings(models.DTYPES[plan.dtype])))
+        record.summary.update(floors(model, plan, ceilings(dtype)))
     reference = None
     if plan.logits_error:
         tokens = make_tokens(plan, device)
@@ -392,7 +265,12 @@ def is_interpreted() -> bool:
     return interpreter.wanted()
 
 
-def _device(plan: Plan) -> torch.device:
+def device_for(plan: Plan) -> torch.device:
+    """The device that a plan runs on.
+
+    Raises:
+        BenchmarkError: there is none for this model.
+    """
     if not is_interpreted():
         if torch.cuda.is_available():
             return torch.device("cuda", torch.cuda.current_device())

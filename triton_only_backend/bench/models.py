@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from triton_only_backend.bench.timing import BenchmarkError
+from triton_only_backend.timing import BenchmarkError
 
 if TYPE_CHECKING:
-    from transformers import LlamaForCausalLM
+    from triton_only_backend.bench.plain_llama import PlainLlama
+    from triton_only_backend.demo.generate import StaticDecoder
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -23,6 +24,7 @@ class ModelShape:
     Attributes:
         bias: whether attention and MLP projections have biases.
         tied: whether the output projection is the embedding.
+        plain: whether it is `plain_llama.PlainLlama` instead of transformers' `LlamaForCausalLM`.
     """
 
     layers: int
@@ -35,6 +37,7 @@ class ModelShape:
     max_length: int = 8192
     bias: bool = False
     tied: bool = False
+    plain: bool = False
 
     @property
     def head_dim(self) -> int:
@@ -53,18 +56,50 @@ class ModelShape:
 MODELS = {
     "llama3-8b": ModelShape(32, 4096, 32, 8, 14336, 128256, 500000.0),
     "granite-8b-code": ModelShape(36, 4096, 32, 8, 14336, 49152, 10000.0, bias=True, tied=True),
+    "plain-llama3-8b": ModelShape(32, 4096, 32, 8, 14336, 128256, 500000.0, plain=True),
     "llama-tiny": ModelShape(2, 64, 4, 2, 128, 256, 10000.0, max_length=256),
+    "plain-tiny": ModelShape(2, 64, 4, 2, 128, 256, 10000.0, max_length=256, plain=True),
 }
 # Small enough for the Triton interpreter.
-INTERPRETABLE = ("llama-tiny",)
+INTERPRETABLE = ("llama-tiny", "plain-tiny")
 
 
-def build(shape: ModelShape, dtype: torch.dtype, device: torch.device) -> LlamaForCausalLM:
+def build(
+    shape: ModelShape, dtype: torch.dtype, device: torch.device, batch: int, cache_length: int
+) -> torch.nn.Module:
     """The model with random weights, made in place on the device, frozen, in evaluation mode.
+
+    Args:
+        batch, cache_length: sequences and tokens of the cache, where the model owns one.
 
     Raises:
         BenchmarkError: transformers is not installed.
     """
+    torch.manual_seed(0)
+    if shape.plain:
+        module: torch.nn.Module = _build_plain(shape, dtype, device, batch, cache_length)
+    else:
+        module = _build_transformers(shape, dtype, device)
+    return module.requires_grad_(requires_grad=False).eval()
+
+
+def _build_plain(
+    shape: ModelShape, dtype: torch.dtype, device: torch.device, batch: int, cache_length: int
+) -> PlainLlama:
+    from triton_only_backend.bench.plain_llama import PlainLlama
+
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            return PlainLlama(shape, batch, cache_length)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _build_transformers(
+    shape: ModelShape, dtype: torch.dtype, device: torch.device
+) -> torch.nn.Module:
     try:
         from transformers import AutoModelForCausalLM, LlamaConfig
     except ImportError as error:
@@ -86,38 +121,50 @@ def build(shape: ModelShape, dtype: torch.dtype, device: torch.device) -> LlamaF
         mlp_bias=shape.bias,
         tie_word_embeddings=shape.tied,
     )
-    torch.manual_seed(0)
     with torch.device(device):
-        model: LlamaForCausalLM = AutoModelForCausalLM.from_config(
+        model: torch.nn.Module = AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation="sdpa"
         )
-    module: torch.nn.Module = model
-    module.requires_grad_(requires_grad=False).eval()
     return model
 
 
-def step_floor_bytes(model: LlamaForCausalLM, shape: ModelShape, batch: int, length: int) -> int:
+def make_decoder(
+    model: torch.nn.Module, shape: ModelShape, batch: int, cache_length: int
+) -> StaticDecoder | PlainLlama:
+    """The model with a static cache: its own, or transformers'."""
+    from triton_only_backend.bench.plain_llama import PlainLlama
+    from triton_only_backend.demo.generate import StaticDecoder
+
+    if isinstance(model, PlainLlama):
+        return model
+    return StaticDecoder(model, cache_length, batch)  # type: ignore[arg-type]
+
+
+def device_of(model: torch.nn.Module) -> torch.device:
+    """The device of a model's parameters."""
+    return next(model.parameters()).device
+
+
+def step_floor_bytes(model: torch.nn.Module, shape: ModelShape, batch: int, length: int) -> int:
     """Bytes that a decode step must read: the weights, and the cache of `length` tokens."""
-    module: torch.nn.Module = model
     embedding = 0 if shape.tied else shape.vocabulary * shape.hidden
-    parameters = list(module.parameters())
+    parameters = list(model.parameters())
     element_size = parameters[0].element_size()
     weights = (sum(p.numel() for p in parameters) - embedding) * element_size
     return weights + shape.cache_bytes(batch, length, element_size)
 
 
-def prefill_floor_flops(model: LlamaForCausalLM, shape: ModelShape, batch: int, length: int) -> int:
+def prefill_floor_flops(model: torch.nn.Module, shape: ModelShape, batch: int, length: int) -> int:
     """Operations of a prefill that scores the last position only."""
-    module: torch.nn.Module = model.model
-    matrices = sum(p.numel() for p in module.parameters() if p.dim() == 2)
-    matrices -= shape.vocabulary * shape.hidden  # the embedding is a look-up
+    matrices = sum(p.numel() for p in model.parameters() if p.dim() == 2)
     head = shape.vocabulary * shape.hidden
+    matrices -= head if shape.tied else 2 * head  # the embedding is a look-up
     products = 2 * batch * (length * matrices + head)
     return products + shape.causal_attention_flops(batch, length)
 
 
 @torch.no_grad()
-def reference_logits(model: LlamaForCausalLM, tokens: torch.Tensor, keep: int) -> torch.Tensor:
+def reference_logits(model: torch.nn.Module, tokens: torch.Tensor, keep: int) -> torch.Tensor:
     """Scores of the last `keep` positions by the same weights in fp32, without a cache.
 
     Args:
@@ -130,7 +177,12 @@ def reference_logits(model: LlamaForCausalLM, tokens: torch.Tensor, keep: int) -
     """
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
+    from triton_only_backend.bench.plain_llama import PlainLlama
+
     exact = copy.deepcopy(model).float()
     with sdpa_kernel(SDPBackend.MATH):
+        if isinstance(exact, PlainLlama):
+            positions = torch.arange(tokens.shape[1], device=tokens.device)
+            return exact(tokens, positions)[:, -keep:].clone()  # type: ignore[no-any-return]
         logits: torch.Tensor = exact(input_ids=tokens, use_cache=False, logits_to_keep=keep).logits
     return logits

@@ -61,7 +61,8 @@ class Provider:
             from triton_only_backend.backend import triton_only
 
             # The function, not its name, so that an installation is not needed.
-            backend, options = triton_only, own_options(self.mode if on_gpu else None)
+            backend = triton_only
+            options = options or own_options(self.mode if on_gpu else None)
         compiled: Callable[..., Any] = torch.compile(
             fn,
             backend=backend,

@@ -1,0 +1,157 @@
+"""Plots of what the benchmarks found."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import TYPE_CHECKING, Any
+
+from triton_only_backend.timing import BenchmarkError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+
+def require_matplotlib() -> None:
+    """Says before anything is measured that it could not be drawn.
+
+    Raises:
+        BenchmarkError: matplotlib is not installed.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise BenchmarkError(
+            "triton_only: a plot needs matplotlib: pip install 'triton-only-backend[bench]'"
+        )
+
+
+def plot_ratios(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
+    """Draws `speedup` over `M`, one line for each (op, batch, N, K), to a file by its suffix."""
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
+    lines: dict[tuple[Any, ...], list[tuple[int, float]]] = {}
+    for row in rows:
+        key = (row.get("op", "mm"), row.get("batch", 1), row["N"], row["K"])
+        lines.setdefault(key, []).append((row["M"], row["speedup"]))
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    axes = figure.add_subplot()
+    axes.axhline(1.0, color="black", linewidth=0.8)
+    for (op, batch, N, K), points in lines.items():
+        what = f"{N} × {K}" if op == "mm" else f"{op} {batch} × {N} × {K}"
+        axes.plot(*zip(*sorted(points), strict=True), marker="o", markersize=3, label=what)
+    axes.set_xscale("log", base=2)
+    ticks = sorted({row["M"] for row in rows})
+    axes.set_xticks(ticks, [str(M) for M in ticks])
+    axes.set_xlabel("M, rows")
+    axes.set_ylabel("ratio, above 1 is faster")
+    axes.set_title(title)
+    axes.grid(alpha=0.3)
+    axes.legend(title="N × K", fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+def plot_attention(
+    rows: Sequence[dict[str, Any]], providers: Sequence[str], path: Path, title: str
+) -> None:
+    """Draws each provider's rate over the length, a panel for each kind of case.
+
+    Prefill and training in TFLOP/s; decoding in TB/s, a panel for each batch size.
+    """
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
+    panels: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for row in rows:
+        panels.setdefault((row["kind"], row["batch"]), []).append(row)
+    panels = {key: found for key, found in panels.items() if len(found) > 1} or panels
+    figure = Figure(figsize=(4.5 * len(panels), 4.2), layout="constrained")
+    for place, ((kind, batch), found) in enumerate(panels.items(), start=1):
+        axes = figure.add_subplot(1, len(panels), place)
+        unit = "tb_per_second" if kind == "decode" else "tflop_per_second"
+        for provider in providers:
+            points = [
+                (row["len_kv"], row[f"{provider}_{unit}"])
+                for row in found
+                if row.get(f"{provider}_{unit}") is not None
+            ]
+            if points:
+                width = 2.2 if provider == "ours" else 1.0
+                lengths, rates = zip(*sorted(points), strict=True)
+                axes.plot(lengths, rates, marker="o", markersize=3, linewidth=width, label=provider)
+        axes.set_xscale("log", base=2)
+        ticks = sorted({row["len_kv"] for row in found})
+        axes.set_xticks(ticks, [str(length) for length in ticks], rotation=45)
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("keys" if kind == "decode" else "length")
+        axes.set_ylabel("TB/s" if kind == "decode" else "TFLOP/s")
+        axes.set_title(f"{kind}, batch {batch}", fontsize="medium")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
+    figure.suptitle(title, fontsize="medium")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+def plot_steps(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
+    """Draws where the microseconds of a step go, a stacked bar for each of `rows`."""
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
+    from triton_only_backend.bench.breakdown import PARTS
+
+    figure = Figure(figsize=(9, 1.2 + 0.5 * len(rows)), layout="constrained")
+    axes = figure.add_subplot()
+    labels = [row["passes"] for row in rows]
+    left = [0.0] * len(rows)
+    for part in PARTS:
+        widths = [row["breakdown_decode"][part] for row in rows]
+        if any(widths):
+            axes.barh(labels, widths, left=left, label=part)
+        left = [a + b for a, b in zip(left, widths, strict=True)]
+    for label, end in zip(labels, left, strict=True):
+        axes.text(end, label, f" {end:,.0f}", va="center", fontsize="small")
+    axes.invert_yaxis()
+    axes.set_xlabel("µs")
+    axes.margins(x=0.08)
+    axes.set_title(title)
+    axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=6)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+def plot_providers(
+    records: Sequence[tuple[str, Sequence[dict[str, Any]]]], path: Path, title: str
+) -> None:
+    """Draws the time of a token and of a prefill for each provider, a group for each model.
+
+    Args:
+        records: names of models and their rows.
+    """
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
+    providers = list(dict.fromkeys(row["provider"] for _, rows in records for row in rows))
+    figure = Figure(figsize=(5.2 * max(1, len(records) * 0.6) + 3, 7.5), layout="constrained")
+    panels = (("ms_per_token", "ms a token"), ("prefill_ms", "prefill, ms"))
+    for place, (key, unit) in enumerate(panels, start=1):
+        axes = figure.add_subplot(len(panels), 1, place)
+        width = 0.8 / len(providers)
+        for number, provider in enumerate(providers):
+            bars = [
+                (group + (number - (len(providers) - 1) / 2) * width, row[key])
+                for group, (_, rows) in enumerate(records)
+                for row in rows
+                if row["provider"] == provider
+            ]
+            places, heights = zip(*bars, strict=True)
+            drawn = axes.bar(places, heights, width=width, label=provider)
+            axes.bar_label(drawn, fmt="%.3g", fontsize="x-small")
+        axes.set_xticks(range(len(records)), [name for name, _ in records], fontsize="small")
+        axes.set_ylabel(unit)
+        axes.grid(axis="y", alpha=0.3)
+        if place == 1:
+            axes.set_title(title)
+            axes.legend(fontsize="small", ncols=len(providers))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)

@@ -1,0 +1,194 @@
+"""`triton-only bench`: the kernels and whole models against what they replace."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path  # noqa: TC003  (typer reads the annotations)
+from typing import Annotated, Any
+
+import typer
+
+from triton_only_backend.cli_options import Json, Plot, console
+from triton_only_backend.errors import nearest
+from triton_only_backend.targets import UsageError
+
+app = typer.Typer(
+    help="Measure the kernels and whole models against what they replace.", no_args_is_help=True
+)
+
+
+@app.command("gemm")
+def bench_gemm(
+    shapes: Annotated[
+        str, typer.Option(help="llama3-8b, granite-8b, llama3-70b, odd, batched or all.")
+    ] = "llama3-8b",
+    dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
+    m: Annotated[
+        str, typer.Option("--m", help="Rows, separated by commas.")
+    ] = "1,2,4,8,16,32,64,128,256,512,1024,4096,8192",
+    providers: Annotated[
+        str, typer.Option(help="ours,cublas and, slow to compile, inductor-triton.")
+    ] = "ours,cublas",
+    layout: Annotated[
+        str, typer.Option(help="Weights contiguous along k (as nn.Linear has them) or n.")
+    ] = "k",
+    plot: Plot = None,
+    json_path: Json = None,
+) -> None:
+    """Our matrix product against cuBLAS, on the shapes of models' linear layers and batches."""
+    from triton_only_backend.bench import gemm
+    from triton_only_backend.bench.models import DTYPES
+
+    plan = gemm.Plan(
+        shapes=_choice("--shapes", shapes, [*gemm.SHAPES, "all"]),
+        dtype=_choice("--dtype", dtype, DTYPES),
+        rows=_positive_integers("--m", m),
+        providers=tuple(
+            _choice("--providers", name.strip(), gemm.PROVIDERS) for name in providers.split(",")
+        ),
+        k_contiguous=_choice("--layout", layout, ["k", "n"]) == "k",
+    )
+    raise typer.Exit(gemm.run(plan, console(), json_path, _command_line(), plot))
+
+
+@app.command("attention")
+def bench_attention(
+    cases: Annotated[str, typer.Option(help="causal, full, decode, training or all.")] = "all",
+    dtype: Annotated[str, typer.Option(help="bf16 or fp16.")] = "bf16",
+    kv_heads: Annotated[
+        int, typer.Option(min=1, max=32, help="KV heads for 32 query heads; a divisor of 32.")
+    ] = 8,
+    head_dim: Annotated[int, typer.Option(min=16, max=256, help="Of each head.")] = 128,
+    batch: Annotated[int, typer.Option(min=1, help="Of the prefill and training cases.")] = 2,
+    max_length: Annotated[int, typer.Option(min=512, help="Leave longer cases out.")] = 32768,
+    plot: Plot = None,
+    json_path: Json = None,
+) -> None:
+    """Our attention against PyTorch's cuDNN, Flash, efficient, flex and math kernels."""
+    from triton_only_backend.bench import attention
+
+    if 32 % kv_heads:
+        raise UsageError(f"--kv-heads {kv_heads} does not divide the 32 query heads")
+    plan = attention.Plan(
+        kinds=_choice("--cases", cases, [*attention.KINDS, "all"]),
+        dtype=_choice("--dtype", dtype, ["bf16", "fp16"]),
+        kv_heads=kv_heads,
+        max_length=max_length,
+        head_dim=head_dim,
+        batch=batch,
+    )
+    raise typer.Exit(attention.run(plan, console(), json_path, _command_line(), plot))
+
+
+@app.command("model")
+def bench_model(
+    model: Annotated[
+        str,
+        typer.Option(help="llama3-8b, granite-8b-code, plain-llama3-8b, llama-tiny or plain-tiny."),
+    ] = "llama3-8b",
+    dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
+    batch: Annotated[int, typer.Option(min=1, help="Sequences.")] = 2,
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens in each.")] = 512,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate.")] = 256,
+    providers: Annotated[
+        str,
+        typer.Option(help="Any of eager, compile, reduce-overhead, inductor-triton, triton_only."),
+    ] = "eager,compile,reduce-overhead,triton_only",
+    logits_error: Annotated[
+        bool, typer.Option(help="Compare logits with those of the same weights in fp32.")
+    ] = True,
+    json_path: Json = None,
+) -> None:
+    """Prefill and decode of a whole model with random weights, against other providers."""
+    from triton_only_backend.bench import generation, models, trial
+    from triton_only_backend.bench.providers import PROVIDERS
+
+    names = [name.strip() for name in providers.split(",")]
+    plan = trial.Plan(
+        model=_choice("--model", model, models.MODELS),
+        dtype=_choice("--dtype", dtype, models.DTYPES),
+        batch=batch,
+        prompt=prompt,
+        new_tokens=new_tokens,
+        providers=tuple(_choice("--providers", name, PROVIDERS) for name in names),
+        logits_error=logits_error,
+    )
+    plan = plan.for_interpreter() if generation.is_interpreted() else plan
+    raise typer.Exit(generation.run(plan, console(), json_path, _command_line()))
+
+
+@app.command("passes")
+def bench_passes(
+    model: Annotated[str, typer.Option(help="As for bench model.")] = "llama3-8b",
+    layers: Annotated[int, typer.Option(min=1, help="Layers of it to build.")] = 8,
+    dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
+    batch: Annotated[int, typer.Option(min=1, help="Sequences.")] = 2,
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens in each.")] = 512,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate.")] = 64,
+    plot: Annotated[
+        Path | None, typer.Option(dir_okay=False, help="Draw the parts of a step there.")
+    ] = None,
+    json_path: Json = None,
+) -> None:
+    """What each fusion pass takes off a decode step, switched on one after another."""
+    from triton_only_backend.bench import ablation, generation, models, trial
+
+    plan = trial.Plan(
+        model=_choice("--model", model, models.MODELS),
+        dtype=_choice("--dtype", dtype, models.DTYPES),
+        batch=batch,
+        prompt=prompt,
+        new_tokens=new_tokens,
+        providers=("triton_only",),
+        logits_error=False,
+    )
+    plan = plan.for_interpreter() if generation.is_interpreted() else plan
+    raise typer.Exit(ablation.run(plan, layers, console(), json_path, plot, _command_line()))
+
+
+@app.command("chart")
+def bench_chart(
+    records: Annotated[list[Path], typer.Argument(help="JSON files of bench model.")],
+    out: Annotated[Path, typer.Option(dir_okay=False, help="The picture, by its suffix.")],
+) -> None:
+    """Draws the records of several models beside one another."""
+    from triton_only_backend.bench import plots
+
+    found = []
+    for path in records:
+        try:
+            record = json.loads(path.read_text())
+            plan, rows = record["summary"]["plan"], record["rows"]
+            name = f"{plan['model']}\n{plan['dtype']}, batch {plan['batch']}, {plan['prompt']} in"
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UsageError(f"{path} is no record of bench model ({error!r})") from error
+        found.append((name, rows))
+    plots.plot_providers(found, out, "One token and one prefill, by provider")
+
+
+def _choice(option: str, value: str, choices: Any) -> str:
+    names = list(choices)
+    if value not in names:
+        raise UsageError(
+            f"{option} {value!r} is not known{nearest(value, names)} (one of {', '.join(names)})"
+        )
+    return value
+
+
+def _positive_integers(option: str, text: str) -> tuple[int, ...]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise UsageError(f"{option} {text!r} must be positive integers separated by commas")
+    return tuple(int(part) for part in parts)
+
+
+def _command_line() -> str:
+    """What was asked for, less where its result was to be written."""
+    words = sys.argv[1:]
+    kept = [
+        word
+        for before, word in zip(["", *words], words, strict=False)
+        if "--json" not in (before, word) and not word.startswith("--json=")
+    ]
+    return " ".join(["triton-only", *kept])
