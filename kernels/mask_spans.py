@@ -8,8 +8,8 @@ For each tile of queries, over chunks of SPAN_CHUNK keys:
 Attention's programs, one a head and tile, take the least and the largest over the chunks: the keys
 before `first_hidden` need no mask, those from `last_seen` on need not be read at all. A mask that
 is causal, or that of a static cache, costs the diagonal's blocks then, and the scan is done once
-for all heads that share the mask, not in each program: 512 queries over 768 keys of 32 heads took
-66 µs of an H200 where each program scanned its rows, and 22 without a mask.
+for all heads that share the mask, not in each program: 512 queries over a cache of 768 keys, 32
+heads, took 66 µs of an H200 where each program scanned its rows; causal attention of 512 takes 21.
 """
 
 from __future__ import annotations

@@ -88,12 +88,14 @@ class Compilation:
     target: int | None = None  # the capability of a CUDA device that is not there
     passes: list[PassResult] = field(default_factory=list)
     seeded: set[torch.device] = field(default_factory=set)
+    lasting: list[bool] = field(default_factory=list)
 
     def compile(
         self, gm: torch.fx.GraphModule, example_inputs: Sequence[Any]
     ) -> Callable[..., Any]:
         """The compiled graph; `reports` holds the audit of what was compiled."""
         interpreted = check_devices(gm)
+        self.lasting = inductor.attribute_inputs(gm)
         from triton_only_backend.passes import pipeline
         from triton_only_backend.passes.decompositions import DECOMPOSITIONS
 
@@ -188,7 +190,7 @@ class Compilation:
             refused=() if backward else self.refused,
             passes=passes,
         )
-        inductor.keep_mutated_inputs_in_place(gm, kwargs)
+        inductor.keep_mutated_inputs_in_place(gm, self.lasting, kwargs)
         try:
             compiled, source = self._lower(compile_fx_inner, gm, example_inputs, kwargs)
         except inductor.inductor_error() as error:

@@ -140,24 +140,39 @@ def _inductor_decompositions(config: Mapping[str, Any]) -> dict[Any, Callable[..
         return dict(select_decomp_table())
 
 
-def keep_mutated_inputs_in_place(gm: torch.fx.GraphModule, kwargs: dict[str, Any]) -> None:
+def attribute_inputs(gm: torch.fx.GraphModule) -> list[bool]:
+    """For each input of a Dynamo graph, whether it is an attribute of an object, which lasts.
+
+    A KV cache is one (`cache.layers[0].keys`); an argument that the caller makes anew is not.
+    """
+    sources = [getattr(n, "_dynamo_source", None) for n in gm.graph.find_nodes(op="placeholder")]
+    names = [getattr(source, "name", "") for source in sources]
+    # A method before torch 2.13.
+    return ["." in str(name() if callable(name) else name) for name in names]
+
+
+def keep_mutated_inputs_in_place(
+    gm: torch.fx.GraphModule, lasting: Sequence[bool], kwargs: dict[str, Any]
+) -> None:
     """Tells CUDA graphs to work on the very inputs that a graph writes, instead of copies of them.
 
     PyTorch copies every input that it does not know to stay where it is, and does without CUDA
     graphs where it would have to write such a copy: a KV cache that was first seen inside a
-    compiled region. Told that the input stays, it checks its address at each call, and records
-    anew where it has changed.
+    compiled region. Told that the input stays, it checks its address at each call and records anew
+    where it has changed; so only inputs that last are named.
 
     Args:
         gm: an aten graph about to be compiled.
+        lasting: see `attribute_inputs`, of the Dynamo graph that it came from.
         kwargs: of `compile_fx_inner`; changed in place.
     """
-    if not kwargs.get("cudagraphs"):
-        return
     inputs = gm.graph.find_nodes(op="placeholder")
+    # AOTAutograd has as many inputs, in their order, unless it took aliases or subclasses apart.
+    if not kwargs.get("cudagraphs") or len(inputs) != len(lasting):
+        return
     copy = torch.ops.aten.copy_.default
     written = {node.args[0] for node in gm.graph.find_nodes(op="call_function", target=copy)}
-    mutated = [i for i, node in enumerate(inputs) if node in written]
+    mutated = [i for i, node in enumerate(inputs) if node in written and lasting[i]]
     kwargs["static_input_idxs"] = sorted({*kwargs.get("static_input_idxs", ()), *mutated})
 
 

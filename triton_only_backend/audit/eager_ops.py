@@ -24,8 +24,13 @@ if TYPE_CHECKING:
 
 GRAPH = "eager, between the graphs"
 _REMEDY = 'mend the graph break that leaves it out of the graphs, or allow=["{op}*"] lets it stay'
-# Whatever these call belongs to a compiled graph: AOTAutograd's wrappers, Inductor's output code.
-_COMPILED = (f"{os.sep}_functorch{os.sep}_aot_autograd{os.sep}", f"{os.sep}_inductor{os.sep}")
+# Whatever these call belongs to a compiled graph (AOTAutograd's wrappers, Inductor's output code),
+# or to a kernel, whose arguments Triton's interpreter copies.
+_COMPILED = (
+    f"{os.sep}_functorch{os.sep}_aot_autograd{os.sep}",
+    f"{os.sep}_inductor{os.sep}",
+    f"{os.sep}triton{os.sep}runtime{os.sep}",
+)
 _OURS = __name__.split(".")[0]
 
 
@@ -92,10 +97,10 @@ def _caller() -> tuple[bool, FrameType | None]:
     innermost: FrameType | None = None
     while frame is not None:
         path = frame.f_code.co_filename
+        if any(folder in path for folder in _COMPILED):
+            return True, None
         if not is_torch_file(path):
             innermost = innermost or frame
-        elif any(folder in path for folder in _COMPILED):
-            return True, None
         frame = frame.f_back
     if innermost is None or innermost.f_globals.get("__name__", "").split(".")[0] == _OURS:
         return False, None
