@@ -295,7 +295,10 @@ def decode_shared_memory(
 ) -> int:
     """An upper bound for the shared memory of `decode_attention`, in bytes."""
     flash = FlashConfig(config.block_g, config.block_n, config.num_warps, config.num_stages)
-    return flash_shared_memory(problem, flash, hardware)
+    # On AMD fp32 weights go through shared memory on their way to the second product.
+    through = hardware.backend == "hip" and problem.element_size == 4
+    exchanged = 4 * config.block_g * config.block_n if through else 0
+    return flash_shared_memory(problem, flash, hardware) + exchanged
 
 
 def select_backward_config(problem: AttentionProblem, hardware: Hardware) -> BackwardConfig:

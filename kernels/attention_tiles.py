@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
+LARGE = tl.constexpr(3e38)  # of which the natural logarithm's unit still fits fp32
 LN2 = tl.constexpr(0.6931471805599453)
 # Further from the diagonal than any key: half of int32, so that adding a position cannot overflow.
 NO_BOUND = tl.constexpr(1 << 30)
@@ -72,7 +73,11 @@ def add_mask(scores, mask_ptrs, valid, MASK_IS_BOOL: tl.constexpr):
     if MASK_IS_BOOL:
         scores += tl.where(tl.load(mask_ptrs, mask=valid, other=0) != 0, 0.0, float("-inf"))
     else:
-        scores += tl.load(mask_ptrs, mask=valid, other=0.0).to(tl.float32) * LOG2E
+        # The least finite number, which models write for "hidden", must not become -inf in units of
+        # log2: a row of nothing else averages the values, as PyTorch's does.
+        mask = tl.load(mask_ptrs, mask=valid, other=0.0).to(tl.float32)
+        finite = tl.minimum(tl.maximum(mask * LOG2E, -LARGE), LARGE)
+        scores += tl.where(tl.abs(mask) == float("inf"), mask, finite)
     return scores
 
 

@@ -179,14 +179,6 @@ def _interpreted(problem: GemmProblem) -> GemmConfig:
     return GemmConfig("gemm", block_m, block_n, block_k, 1, 1, 4, 1, reduce_block=65536)
 
 
-def select_gemv(problem: GemmProblem, hardware: Hardware) -> GemmConfig:
-    """The configuration for several K-contiguous matrices side by side, without split-K."""
-    if hardware.is_interpreter:
-        block_k = min(max(next_power_of_2(problem.K), 16), 1024)
-        return GemmConfig("gemv", 1, 256, block_k, 1, 1, 4, 1)
-    return replace(_gemv(problem, hardware, swap=False), split_k=1)
-
-
 def split_k_for(blocks: int, k_iterations: int, target_blocks: int, minimum: int = 4) -> int:
     """The least power-of-two split that fills `target_blocks`, each with ≥ minimum iterations."""
     split_k = 1

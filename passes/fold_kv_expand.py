@@ -137,6 +137,9 @@ def _pair(node: torch.fx.Node, position: int) -> tuple[Repeat, Repeat] | None:
     """How key and value of an attention are repeated, if both are, equally often."""
     if node.kwargs.get("enable_gqa") or len(value(node.args[0]).shape) != 4:
         return None
+    heads = [value(node.args[i]).shape[HEADS] for i in (position - 1, position)]
+    if not same_sizes(heads[:1], heads[1:]):  # one query head, which is broadcast
+        return None
     key, val = (repeated_heads(node.args[position + i]) for i in range(2))
     return None if key is None or val is None or key.count != val.count else (key, val)
 

@@ -66,16 +66,21 @@ class Visible:
 def fold_masks(graph: torch.fx.Graph) -> int:
     """Folds the constant masks of every attention of a graph; returns how many."""
     count = 0
-    known: dict[torch.fx.Node, dict[str, Any] | None] = {}
+    known: dict[tuple[torch.fx.Node, int, int], dict[str, Any] | None] = {}
     for target, position in MASK_OF.items():
         for node in graph.find_nodes(op="call_function", target=target):
             mask = node.args[position] if len(node.args) > position else None
             taken = {"is_causal", "window_left", "window_right"} & set(node.kwargs)
             if not isinstance(mask, torch.fx.Node) or taken:
                 continue
-            if mask not in known:
-                known[mask] = _arguments_of(mask)
-            options = known[mask]
+            # A mask of one row or column is broadcast.
+            len_q, len_kv = (value(node.args[position - i]).shape[-2] for i in (3, 2))
+            if not isinstance(len_q, int) or not isinstance(len_kv, int):
+                continue
+            key = (mask, len_q, len_kv)
+            if key not in known:
+                known[key] = _arguments_of(*key)
+            options = known[key]
             if options is not None:
                 node.update_arg(position, None)
                 node.kwargs = {**node.kwargs, **options}
@@ -83,18 +88,17 @@ def fold_masks(graph: torch.fx.Graph) -> int:
     return count
 
 
-def _arguments_of(mask: torch.fx.Node) -> dict[str, Any] | None:
+def _arguments_of(mask: torch.fx.Node, len_q: int, len_kv: int) -> dict[str, Any] | None:
     """What to call attention with in place of a mask, if that is the same for all inputs."""
-    fake = value(mask)
-    sizes = fake.shape[-2:]
-    if len(sizes) < 2 or not all(isinstance(size, int) and size > 0 for size in fake.shape):
+    shape = value(mask).shape
+    if len(shape) < 2 or not all(isinstance(size, int) and size > 0 for size in shape):
         return None
-    len_q, len_kv = sizes
-    if len_q * len_kv > MAX_ELEMENTS:
+    if not 0 < len_q * len_kv <= MAX_ELEMENTS:
         return None
     with _disable_current_modes(), torch.no_grad():
         constant = evaluate(mask)
-        visible = None if constant is None else visible_band(constant)
+        full = (*shape[:-2], len_q, len_kv)
+        visible = None if constant is None else visible_band(constant.expand(full))
     return None if visible is None else visible.options(len_q, len_kv)
 
 

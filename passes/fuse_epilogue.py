@@ -14,8 +14,8 @@ After:
     fused_1 = triton_only.linear_fused.default(fused[0], [down], [], residual=residual)
 
 Each step absorbs one operation: act(y), y * number, y * tensor, y + tensor, and act(gate) * up.
-Left alone: a result that something else needs too, symbolic sizes, tensors that are broadcast,
-another dtype than the layer's, weights that are not parameters in `nn.Linear`'s layout.
+Left alone: a result that something else needs too, more symbolic sizes than one, tensors that are
+broadcast, another dtype than the layer's, weights that are not parameters in `nn.Linear`'s layout.
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from triton_only_backend.passes.activations import as_activation
-from triton_only_backend.passes.graph_edit import value
+from triton_only_backend.passes.graph_edit import is_contiguous, same_sizes, value
 from triton_only_backend.passes.linear_layer import (
     VIEWS,
     Linear,
     as_linear,
     base_of,
+    can_be_viewed_as,
     emit,
     producer,
     viewed_as,
@@ -46,16 +47,16 @@ def fuse_epilogue(graph: torch.fx.Graph) -> int:
     """Fuses every epilogue it finds; returns how many operations went into a kernel."""
     count = 0
     for node in list(graph.nodes):
-        if node.op != "call_function" or not _is_static(node):
+        if node.op != "call_function" or not _is_tensor_of_known_shape(node):
             continue
         step = STEPS.get(node.target, _activation)
         count += step(node)
     return count
 
 
-def _is_static(node: torch.fx.Node) -> bool:
+def _is_tensor_of_known_shape(node: torch.fx.Node) -> bool:
     result = value(node)
-    return isinstance(result, torch.Tensor) and all(isinstance(n, int) for n in result.shape)
+    return isinstance(result, torch.Tensor) and can_be_viewed_as(result.shape)
 
 
 def _are_tensors(*operands: Any) -> bool:
@@ -70,7 +71,8 @@ def _linear(node: Any, like: torch.fx.Node) -> Linear | None:
     if linear is None:
         return None
     mine, wanted = value(linear.node), value(like)
-    return linear if mine.dtype == wanted.dtype and mine.numel() == wanted.numel() else None
+    same = mine.dtype == wanted.dtype and same_sizes([mine.numel()], [wanted.numel()])
+    return linear if same else None
 
 
 def _activation(node: torch.fx.Node) -> int:
@@ -139,8 +141,8 @@ def _is_gate_of(gate: Linear, up: Linear) -> bool:
         and not up.options
         and len(gate.biases) == len(up.biases)
         and base_of(gate.x) is base_of(up.x)
-        and value(gate.x).shape == value(up.x).shape
-        and value(gate.weights[0]).shape == value(up.weights[0]).shape
+        and same_sizes(value(gate.x).shape, value(up.x).shape)
+        and same_sizes(value(gate.weights[0]).shape, value(up.weights[0]).shape)
     )
 
 
@@ -163,12 +165,15 @@ def _add(node: torch.fx.Node) -> int:
 
 def _combine(node: torch.fx.Node, option: str, excluded: tuple[str, ...]) -> int:
     """Absorbs an operation with a tensor of the same shape."""
-    a, b = node.args[:2]
+    operands: tuple[Any, ...] = node.args
+    a, b = operands[:2]
     if a is b or not _are_tensors(a, b):
         return 0
-    if not value(a).shape == value(b).shape == value(node).shape:
+    if not all(same_sizes(value(n).shape, value(node).shape) for n in (a, b)):
         return 0
     if not value(a).dtype == value(b).dtype == value(node).dtype:
+        return 0
+    if not is_contiguous(value(node)):  # laid out as the other tensor is
         return 0
     for mine, other in ((a, b), (b, a)):
         linear = _linear(mine, node)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from triton_only_backend.passes.graph_edit import insert, value
+from triton_only_backend.passes.graph_edit import insert, same_sizes, value
 
 aten = torch.ops.aten
 ours = torch.ops.triton_only
@@ -104,11 +104,18 @@ def producer(node: Any) -> torch.fx.Node | None:
     return None
 
 
+def can_be_viewed_as(shape: Any) -> bool:
+    """Whether `viewed_as` can spell a shape: one size may be symbolic, if none is zero."""
+    known = [size for size in shape if isinstance(size, int)]
+    return len(known) == len(shape) or (len(known) == len(shape) - 1 and 0 not in known)
+
+
 def viewed_as(node: torch.fx.Node, shape: Any, before: torch.fx.Node) -> torch.fx.Node:
-    """A node in another shape of as many elements."""
-    if list(value(node).shape) == list(shape):
+    """A node in another shape of as many elements; a symbolic size follows from the others."""
+    if same_sizes(value(node).shape, shape):
         return node
-    return insert(before, aten.reshape.default, (node, list(shape)))
+    sizes = [size if isinstance(size, int) else -1 for size in shape]
+    return insert(before, aten.reshape.default, (node, sizes))
 
 
 def emit(anchor: torch.fx.Node, linear: Linear, options: dict[str, Any]) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from triton_only_backend.passes.graph_edit import insert, value
+from triton_only_backend.passes.graph_edit import insert, same_sizes, value
 
 aten = torch.ops.aten
 
@@ -53,7 +53,8 @@ def _increment(node: torch.fx.Node) -> tuple[Any, ...] | None:
     counter, step = node.args[:2]
     if node.kwargs or not isinstance(counter, torch.fx.Node) or counter.op != "placeholder":
         return None
-    if not isinstance(step, int | float) or value(counter).numel() != 1:
+    shape = value(counter).shape
+    if not isinstance(step, int | float) or not same_sizes(shape, [1] * len(shape)):
         return None
     users = list(node.users)
     if (
@@ -62,4 +63,4 @@ def _increment(node: torch.fx.Node) -> tuple[Any, ...] | None:
         or users[0].args[0] is not counter
     ):
         return None
-    return (step, value(counter).dtype, value(counter).device, tuple(value(counter).shape))
+    return (type(step), step, value(counter).dtype, value(counter).device, tuple(shape))

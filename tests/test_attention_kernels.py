@@ -188,6 +188,19 @@ def test_rows_that_see_no_key_are_zero(kernel, splits, form):
     check(kernel, query, key, value, mask, config=config)
 
 
+@pytest.mark.parametrize("least", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("len_q", [1, 20])
+def test_rows_that_the_least_number_hides_average_the_values(len_q, least, device):
+    """What PyTorch gives: the scores vanish beside it, so that all keys count the same."""
+    q, k, v = (torch.randn(1, 2, n, 32, device=device) for n in (len_q, 37, 37))
+    mask = torch.zeros(len_q, 37, device=device)
+    mask[:, 30:] = mask[-1] = torch.finfo(least).min
+    actual = torch.ops.triton_only.attention(q, k, v, mask)
+    expected = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), mask.double())
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(actual[:, :, -1], v.mean(2), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_causal_and_masked_together(kernel):
     mask = torch.randn(1, 1, 9, 41, generator=torch.Generator().manual_seed(2)).to(DEVICE)

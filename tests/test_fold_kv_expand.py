@@ -58,6 +58,19 @@ def test_inference(name, device):
 
 
 @pytest.mark.parametrize("name", SPELLINGS)
+def test_one_query_head_that_meets_them_all_is_left_alone(name, device):
+    spell, shape = SPELLINGS[name]
+    q, k, v = operands(shape, device, grad=False)
+
+    def model(q, k, v):
+        return ours.attention(q[:, :1], spell(k), spell(v))
+
+    gm = make_fx(model, tracing_mode="fake")(q, k, v)
+    assert fold_kv_expand(gm.graph) == 0
+    assert gm(q, k, v).shape == Q
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
 def test_training(name, device):
     spell, shape = SPELLINGS[name]
     args = operands(shape, device, grad=True)

@@ -52,6 +52,7 @@ MASKS = {
     "band": (lambda n, m: distance(n, m).abs() <= 2, {"window_left": 2, "window_right": 2}),
     "bottom right": (lambda n, m: distance(n, m) <= m - n, {"window_right": 0}),
     "all seen": (lambda n, m: ones(n, m), {}),
+    "all seen, one row": (lambda n, m: ones(1, m), {}),
 }  # fmt: skip
 LEFT_ALONE = {
     "strictly below": lambda n, m: distance(n, m) < 0,
@@ -62,6 +63,9 @@ LEFT_ALONE = {
     "finite values": lambda n, m: additive(distance(n, m) <= 0, -10.0),
     "nothing seen": lambda n, m: ~ones(n, m),
     "heads differ": lambda n, m: distance(n, m) <= arange(3)[:, None, None] - 1,
+    "the first key, one row for all queries": lambda n, m: arange(m)[None] < 1,
+    "the last keys, one row for all queries": lambda n, m: arange(m)[None] >= m - 2,
+    "not the first query, one column": lambda n, m: arange(n)[:, None] >= 1,
 }
 
 

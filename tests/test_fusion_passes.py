@@ -212,6 +212,27 @@ reshape_default_3 = aten.reshape.default(getitem_2, [2, 1, 32])""",
         assert_same(gm, model, *args)
 
 
+@pytest.mark.parametrize("symbolic", ["length", "batch", "both"])
+def test_one_size_may_be_symbolic(symbolic):
+    def model(x, gate, up, down):
+        return x + F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
+
+    weights = random(24, 32), random(24, 32), random(32, 24)
+    compiled = torch.compile(model, backend="triton_only")
+    with torch.no_grad():
+        for batch, length in ((2, 5), (3, 7)) if symbolic == "both" else ((2, 5), (2, 9)):
+            shape = (length, batch, 32) if symbolic == "batch" else (batch, length, 32)
+            x = random(*shape)
+            torch._dynamo.mark_dynamic(x, 0 if symbolic == "batch" else 1)
+            if symbolic == "both":
+                torch._dynamo.mark_dynamic(x, 0)
+            fired, result = fired_passes_of(compiled, (x, *weights))
+            torch.testing.assert_close(result, model(x, *weights), rtol=1e-4, atol=1e-4)
+            # Compiled once: the second size is none of its own.
+            expected = 0 if symbolic == "both" else 3
+            assert fired.get("fuse_epilogue", 0) == (expected if batch * length == 10 else 0)
+
+
 def test_residual_scale_and_multiplier():
     def model(x, weight, bias, residual, factor):
         return residual + F.linear(x, weight, bias) * factor * 0.22
@@ -243,6 +264,8 @@ def left_alone():
     yield "subtraction", lambda x, w, r: r - F.linear(x, w), (x, w, random(4, 24))
     yield "another activation", lambda x, w: F.softplus(F.linear(x, w)), (x, w)
     yield "activation after scale", lambda x, w: F.silu(F.linear(x, w) * 2.0).sum(), (x, w)
+    yield "laid out as the addend", lambda x, w, r: r.t() + F.linear(x, w), (x, w, random(24, 4))
+    yield "a product by itself", lambda x, w: (lambda y: y * y)(F.linear(x, w)), (x, w)
     yield (
         "gates of two inputs, both wanted",
         lambda x, w, v: (lambda a, b: (a * b, a, b))(F.linear(x, w), F.linear(x.cos(), v)),
@@ -251,12 +274,54 @@ def left_alone():
 
 
 @pytest.mark.parametrize(
-    "name, model, args", left_alone(), ids=lambda v: v if isinstance(v, str) else ""
+    "name, model, args", list(left_alone()), ids=lambda v: v if isinstance(v, str) else ""
 )
 def test_epilogues_left_alone(name, model, args):
     gm, fired = fuse(model, *args)
     expected = {"fuse_epilogue": 1} if name == "activation after scale" else {}
     assert fired == expected
+    assert_same(gm, model, *args)
+
+
+def test_a_symbolic_number_is_no_operand():
+    def model(x, weight, other):
+        y = F.linear(x, weight)
+        return y * other.shape[0] + other.shape[0]
+
+    args = random(3, 32), random(16, 32), random(5, 4)
+    torch._dynamo.mark_dynamic(args[2], 0)
+    fired, result = fired_passes(model, args)
+    assert "fuse_epilogue" not in fired
+    torch.testing.assert_close(result, model(*args), rtol=1e-5, atol=1e-5)
+
+
+def test_parts_of_a_product_that_are_no_gate():
+    def by_a_number(x, weight):
+        first, second = F.linear(x, weight).chunk(2, -1)
+        return first * 2.0, 3.0 * second
+
+    def overlapping(x, weight):
+        y = F.linear(x, weight)
+        return F.silu(torch.split(y, [2, 4, 2], -1)[1]) * y[..., :4]
+
+    for model in (by_a_number, overlapping):
+        args = (random(3, 32), random(8, 32))
+        gm, fired = fuse(model, *args)
+        assert fired == {}, model
+        assert_same(gm, model, *args)
+
+
+def test_linear_layers_of_some_rows_of_a_weight_are_merged():
+    def model(x, q, kv, q_bias, kv_bias):
+        return (
+            F.linear(x, q, q_bias),
+            F.linear(x, kv[:8], kv_bias[:8]),
+            F.linear(x, kv[8:], kv_bias[8:]),
+        )
+
+    args = (random(2, 32), random(24, 32), random(16, 32), random(24), random(16))
+    gm, fired = fuse(model, *args)
+    assert fired == {"merge_linears": 1}
     assert_same(gm, model, *args)
 
 
@@ -325,8 +390,18 @@ def test_norms_left_alone():
         scale = torch.rsqrt(wide.flip(0).pow(2).mean(-1, keepdim=True) + 1e-5)
         return F.linear(weight * (wide * scale), q)
 
+    def in_other_rows(x, weight, q):
+        return F.linear(llama_norm(x.view(1, 64), weight.repeat(2)).view(2, 32), q)
+
+    def one_weight_for_all(x, weight, q):
+        return F.linear(llama_norm(x, weight[:1]), q)
+
+    def one_input_for_all(x, weight, q):
+        return F.linear(llama_norm(x[:, :1], weight), q)
+
     for model, rows in (
         (more_rows, 3), (read_by_something_else, 2), (not_a_norm, 2), (another_rows_scale, 2),
+        (in_other_rows, 2), (one_weight_for_all, 2), (one_input_for_all, 2),
     ):  # fmt: skip
         args = (random(rows, 32), random(32), random(24, 32))
         gm, fired = fuse(model, *args)
@@ -401,6 +476,12 @@ def compile_step(function, **options):
 
 def fired_passes(function, args):
     """How often each pass fires when the function is compiled, and what it computes."""
+    with torch.no_grad():
+        return fired_passes_of(compile_step(function), args)
+
+
+def fired_passes_of(compiled, args):
+    """How often each pass fires in a call of a compiled function, and what it computes."""
     seen = []
     original = pipeline.run_stage
 
@@ -411,8 +492,7 @@ def fired_passes(function, args):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "run_stage", run_stage)
-        with torch.no_grad():
-            result = compile_step(function)(*args)
+        result = compiled(*args)
     return {r.name: r.fired for r in seen}, result
 
 
@@ -488,6 +568,100 @@ def test_decoding_left_alone():
         torch.testing.assert_close(args, reference)
 
 
+def write_and_attend(q, k, v, keys, values, position, mask):
+    keys[:, :, position] = k
+    values[:, :, position] = v
+    return F.scaled_dot_product_attention(q, keys, values, mask, enable_gqa=True)
+
+
+def broadcast_writes():
+    """Writes of one token to two positions, and of one head to all."""
+
+    def two_positions(q, k, v, cos, sin, keys, values, position, mask):
+        position = torch.cat([position, position + 1])
+        return write_and_attend(q, k, v, keys, values, position, mask)
+
+    def key_of_one_head(q, k, v, cos, sin, keys, values, position, mask):
+        return write_and_attend(q, k[:, :1], v, keys, values, position, mask)
+
+    def value_of_one_head(q, k, v, cos, sin, keys, values, position, mask):
+        return write_and_attend(q, k, v[:, :1], keys, values, position, mask)
+
+    def value_of_one_dim(q, k, v, cos, sin, keys, values, position, mask):
+        return write_and_attend(q, k, v[..., :1], keys, values, position, mask)
+
+    return two_positions, key_of_one_head, value_of_one_head, value_of_one_dim
+
+
+@pytest.mark.parametrize("model", broadcast_writes(), ids=lambda model: model.__name__)
+def test_writes_that_are_broadcast_are_left_alone(model):
+    args = decode_arguments()
+    reference = [a.clone() for a in args]
+    fired, result = fired_passes(model, args)
+    assert "fuse_rope_cache" not in fired
+    torch.testing.assert_close(result, model(*reference), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(args, reference)
+
+
+def other_rotations():
+    """What looks like a rotary embedding that the kernel has, and is none."""
+
+    def halves(q, k, cos, sin):
+        return rotate_half(q, cos, sin), rotate_half(k, cos, sin)
+
+    def table_of_each_head(q, k, cos, sin):
+        tables = cos[:, None] * torch.arange(2, device=DEVICE)[:, None, None], sin[:, None]
+        return halves(q[:, :2], k, *tables)
+
+    def one_angle(q, k, cos, sin):
+        return halves(q, k, cos[..., :1], sin[..., :1])
+
+    def one_pair(q, k, cos, sin):
+        table = torch.stack([cos[:, :, None, :1], sin[:, :, None, :1]], -1)
+        pairs = [x.transpose(1, 2).unflatten(-1, (-1, 2)) for x in (q, k)]
+        rotated = [
+            torch.stack(
+                [
+                    p[..., 0] * table[..., 0] - p[..., 1] * table[..., 1],
+                    p[..., 1] * table[..., 0] + p[..., 0] * table[..., 1],
+                ],
+                -1,
+            )
+            for p in pairs
+        ]
+        return tuple(r.flatten(3).transpose(1, 2) for r in rotated)
+
+    def promoted(q, k, cos, sin):
+        return halves(q.bfloat16(), k.bfloat16(), cos[:, None], sin[:, None])
+
+    return table_of_each_head, one_angle, one_pair, promoted
+
+
+@pytest.mark.parametrize("rotation", other_rotations(), ids=lambda f: f.__name__)
+def test_other_rotations_stay_before_the_fused_op(rotation):
+    def model(q, k, v, cos, sin, keys, values, position, mask):
+        return write_and_attend(*rotation(q, k, cos, sin), v, keys, values, position, mask)
+
+    args = decode_arguments()
+    reference = [a.clone() for a in args]
+    fired, result = fired_passes(model, args)
+    assert fired["fuse_rope_cache"] == 1
+    torch.testing.assert_close(result, model(*reference), rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(args, reference, rtol=1e-2, atol=1e-2)
+
+
+def test_a_scaled_position_is_no_slot():
+    def model(q, k, v, cos, sin, keys, values, position, mask):
+        twice = torch.add(torch.arange(1, device=DEVICE), position[0], alpha=2)
+        return write_and_attend(q, k, v, keys, values, twice, mask)
+
+    args = decode_arguments()
+    reference = [a.clone() for a in args]
+    _, result = fired_passes(model, args)
+    torch.testing.assert_close(result, model(*reference), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(args, reference)
+
+
 # the last position, counters
 
 
@@ -545,6 +719,20 @@ def test_counters_advance_in_one_kernel():
         torch.testing.assert_close(result, function(args[0].clone(), *counters()))
 
 
+def test_counters_of_unknown_size_are_none():
+    def model(x, a, b):
+        a.add_(1)
+        b.add_(1)
+        return x * 2
+
+    args = random(4), *(torch.arange(2, device=DEVICE) for _ in range(2))
+    for counter in args[1:]:
+        torch._dynamo.decorators.mark_unbacked(counter, 0)
+    fired, _ = fired_passes(model, args)
+    assert "merge_counters" not in fired
+    assert [a.tolist() for a in args[1:]] == [[1, 2], [1, 2]]
+
+
 @pytest.mark.parametrize("keepdim", [False, True])
 @pytest.mark.parametrize("shape", [(2, 12000), (1, 1, 8192), (3, 50257)], ids=str)
 def test_argmax_of_long_rows(shape, keepdim):
@@ -558,8 +746,9 @@ def test_argmax_of_long_rows(shape, keepdim):
     assert torch.equal(gm(x), model(x))
     compiled = torch.compile(model, backend="triton_only")
     assert torch.equal(compiled(x), model(x))
-    x[..., 4321] = math.nan
+    x[..., 4321] = x[..., 5432] = math.nan
     assert torch.equal(gm(x), model(x))
+    assert torch.equal(compiled(x), model(x))
 
 
 @pytest.mark.parametrize("shape", [(2, 4000), (100, 12000), (2, 12007)], ids=str)

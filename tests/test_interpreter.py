@@ -127,6 +127,17 @@ def test_libdevice_computes(name, dtype):
         torch.testing.assert_close(torch.from_numpy(np.asarray(actual)), expected)
 
 
+@pytest.mark.parametrize("size", [7, 300, 9000])
+def test_reductions_with_an_index_find_nan(size):
+    def model(x):
+        return x.argmax(-1), x.argmin(-1), x.max(-1)
+
+    x = torch.randn(2, size)
+    x[0, 3] = x[0, 5] = x[1, 0] = float("nan")
+    actual = torch.compile(model, backend="triton_only")(x)
+    torch.testing.assert_close(actual, model(x), rtol=0, atol=0, equal_nan=True)
+
+
 def test_libdevice_names_what_it_lacks():
     with pytest.raises(AttributeError, match="no_such_function has no counterpart"):
         interpreter.Libdevice().no_such_function  # noqa: B018

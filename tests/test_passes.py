@@ -292,6 +292,21 @@ def test_what_the_kernels_do_not_do_is_decomposed(case):
     assert len(refusals(gm.graph)) == 1
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_boolean_mask_hides_where_attention_is_decomposed(dtype):
+    def attention(q, mask):
+        return F.scaled_dot_product_attention(q, q, q, mask)
+
+    query = heads(1, 2, 3, 300).to(dtype)
+    mask = torch.tensor([[1, 0, 0], [0, 0, 0], [0, 1, 1]], dtype=torch.bool)
+    gm = dynamo_graph(attention, query, mask)
+    assert capture_attention(gm.graph) == 1
+    gm.graph.lint()
+    gm.recompile()
+    (actual,) = gm(query, mask)
+    torch.testing.assert_close(actual, attention(query, mask))
+
+
 def test_attention_of_other_dtypes_is_refused():
     gm = dynamo_graph(F.scaled_dot_product_attention, *(heads(1, 2, 3, 8).double(),) * 3)
     assert capture_attention(gm.graph) == 0

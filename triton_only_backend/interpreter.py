@@ -1,6 +1,6 @@
 """Runs Triton kernels, ours and Inductor's, on CPU tensors through the Triton interpreter.
 
-Used by itself on a machine with no GPU. The stock interpreter needs nine mends for that:
+Used by itself on a machine with no GPU. The stock interpreter needs ten mends for that:
 
 1. Functions decorated with `@triton.jit` before the interpreter was switched on stay compiled
    functions; they are rebound, so that importing triton first (as torch._dynamo does) is harmless.
@@ -17,6 +17,8 @@ Used by itself on a machine with no GPU. The stock interpreter needs nine mends 
 8. Atomics read broadcast operands (a mask of shape (1, 1), say) past their end; they are
    written out.
 9. Triton 3.6's makes indices of arrays with one element, which numpy 2.4 refuses.
+10. `not x` of a block is False, whatever is in it: Inductor's argmax asks `not isnan`. It is
+   answered for each element.
 """
 
 from __future__ import annotations
@@ -93,6 +95,7 @@ def _install() -> None:
     _mend_casts()
     _mend_libdevice()
     _mend_reductions()
+    _mend_not()
     _mend_atomics()
     _patch_once_a_launch()
     _name_launches()
@@ -265,6 +268,7 @@ def _mend_reductions() -> None:
     from triton.runtime.interpreter import ReduceOps
 
     def generic_reduce(self: Any, tensors: Any) -> list[Any]:
+        combine = self.combine_fn.rewrite()
         dtypes = [t.dtype for t in tensors]
         dimensions = tensors[0].handle.data.ndim
         axis = 0 if self.axis is None else self.axis
@@ -275,7 +279,7 @@ def _mend_reductions() -> None:
         while parts[0].shape[0] > 1:
             # Neighbours, so that a combine function that does not commute sees its order.
             pairs = [p[start::2] for start in (0, 1) for p in parts]
-            combined = self.combine_fn.fn(*map(self.to_tensor, pairs, dtypes * 2))
+            combined = combine(*map(self.to_tensor, pairs, dtypes * 2))
             combined = combined if isinstance(combined, tuple) else (combined,)
             parts = [c.handle.data.reshape(pairs[0].shape) for c in combined]
         results = []
@@ -288,6 +292,27 @@ def _mend_reductions() -> None:
         return results
 
     ReduceOps.generic_reduce = generic_reduce
+
+
+def _mend_not() -> None:
+    import ast
+
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    def not_each(x: Any) -> Any:
+        is_block = isinstance(x, tl.tensor) and x.handle.data.size > 1
+        return x == 0 if is_block else not x
+
+    def visit_unary(self: Any, node: ast.UnaryOp) -> ast.expr:
+        self.generic_visit(node)
+        if not isinstance(node.op, ast.Not):
+            return node
+        return ast.Call(ast.Name("not_each", ast.Load()), [node.operand], [])
+
+    # A rewritten function sees the names of the interpreter's module.
+    interpreter.not_each = not_each
+    interpreter.ASTTransformer.visit_UnaryOp = visit_unary
 
 
 def _patch_once_a_launch() -> None:
