@@ -112,7 +112,9 @@ def supports(problem: GemmProblem, config: GemmConfig, hardware: Hardware) -> bo
     if config.kernel == "gemv":
         return seen.M <= GEMV_MAX_ROWS
     stage = (config.block_m + config.block_n) * config.block_k * problem.element_size
-    if config.num_stages > 1 and config.num_stages * stage > hardware.shared_memory:
+    # On AMD the newest stage is in registers.
+    held = config.num_stages - (hardware.backend == "hip")
+    if config.num_stages > 1 and held * stage > hardware.shared_memory:
         return False
     if config.kernel == "gemm_tma":
         plain = problem.aligned and problem.element_size == 2 and problem.batch == 1
@@ -257,7 +259,10 @@ def fit_stages(
 ) -> int:
     """The deepest pipeline with which `blocks` blocks share one multiprocessor's memory."""
     stage = (block_m + block_n) * block_k * element_size
-    return max(1, min(most, (hardware.shared_memory // blocks - 1024) // stage))
+    memory = hardware.shared_memory // blocks
+    if hardware.backend == "hip":  # the newest stage is in registers
+        return max(1, min(most, memory // stage + 1))
+    return max(1, min(most, (memory - 1024) // stage))
 
 
 # BLOCK_M, BLOCK_N, BLOCK_K, warps, stages, halves of the store; µs that one multiprocessor of an
@@ -341,8 +346,7 @@ def _large(problem: GemmProblem, hardware: Hardware) -> GemmConfig:
         stages = fit_stages(
             hardware, block_m, block_n, block_k, problem.element_size, most=4, blocks=resident
         )
-        stage_bytes = (block_m + block_n) * block_k * problem.element_size
-        if stages < 2 or stages * stage_bytes > hardware.shared_memory:
+        if stages < 2:
             continue
         tiles = math.ceil(problem.M / block_m) * math.ceil(problem.N / block_n) * problem.batch
         k_iterations = math.ceil(problem.K / block_k)

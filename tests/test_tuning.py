@@ -146,7 +146,8 @@ def test_candidates_compute_the_problem_and_fit(problem: GemmProblem, device: Ha
         assert supports(problem, config, device)
         stage = (config.block_m + config.block_n) * config.block_k * problem.element_size
         if config.kernel != "gemv":
-            assert config.num_stages * stage * config.resident <= device.shared_memory
+            held = config.num_stages - (device.backend == "hip" and config.num_stages > 1)
+            assert held * stage * config.resident <= device.shared_memory
             assert config.block_m * config.block_n <= 128 * 32 * config.num_warps
         assert gemm_space.bound_us(problem, config, device) > 0
         assert gemm_space.cost_us(problem, config, device) > 0
