@@ -114,7 +114,7 @@ def test_the_product_is_accurate(plant, device):
 @pytest.mark.parametrize("fault", PRODUCT_FAULTS)
 def test_a_fault_of_the_product_is_found(fault, plant, device):
     module = plant("gemm", *PRODUCT_FAULTS[fault])
-    with pytest.raises(AssertionError, match="not accurate"):
+    with pytest.raises(AssertionError, match=r"not accurate|NaN too many"):
         product("gemm", module, device)
 
 
@@ -129,7 +129,7 @@ def test_a_fault_of_the_product_is_found(fault, plant, device):
     ids=["wrong mask of K", "missing tail of K", "the same row twice"],
 )
 def test_a_fault_of_the_product_with_few_rows_is_found(old, new, plant, device):
-    with pytest.raises(AssertionError, match="not accurate"):
+    with pytest.raises(AssertionError, match=r"not accurate|NaN too many"):
         product("gemv", plant("gemv", old, new), device, M=2)
 
 
@@ -267,5 +267,5 @@ def test_a_fault_of_attention_is_found(fault, plant, device, monkeypatch, small_
 
     name, old, new, options = ATTENTION_FAULTS[fault]
     monkeypatch.setattr(sdpa, name, getattr(plant(name, old, new), name))
-    with pytest.raises(AssertionError, match="not accurate"):
+    with pytest.raises(AssertionError, match=r"not accurate|NaN too many"):
         attend(device, **options)
