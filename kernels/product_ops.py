@@ -226,11 +226,10 @@ def _linear_fused(
     scale: float = 1.0,
     residual: Tensor | None = None,
 ) -> list[Tensor]:
-    check_linear_fused(
-        input, weights, biases, norm_weight, activation, gated, multiplier, scale, residual
-    )
-    outputs = weights[:1] if gated else weights
-    outs = [input.new_empty((input.shape[0], weight.shape[0])) for weight in outputs]
+    outs = _fake_linear_fused(
+        input, weights, biases, norm_weight=norm_weight, activation=activation, gated=gated,
+        multiplier=multiplier, scale=scale, residual=residual,
+    )  # fmt: skip
     linear = load("linear")
     norm = None if norm_weight is None else linear.Norm(norm_weight, norm_eps, norm_offset)
     shape = outs[0].shape

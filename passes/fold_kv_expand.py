@@ -28,13 +28,12 @@ from typing import Any
 
 import torch
 
-from triton_only_backend.passes.graph_edit import insert, refresh, same_sizes, value
+from triton_only_backend.passes.graph_edit import VIEWS, insert, refresh, same_sizes, value
 
 aten = torch.ops.aten
 ours = torch.ops.triton_only
 ATTENTION = ours.attention.default
 FORWARD, BACKWARD = ours.attention_forward.default, ours.attention_backward.default
-VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 HEADS = 1
 
 

@@ -25,9 +25,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from triton_only_backend.passes.activations import as_activation
-from triton_only_backend.passes.graph_edit import is_contiguous, same_sizes, value
+from triton_only_backend.passes.graph_edit import VIEWS, is_contiguous, same_sizes, value
 from triton_only_backend.passes.linear_layer import (
-    VIEWS,
     Linear,
     as_linear,
     base_of,

@@ -24,10 +24,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from triton_only_backend.passes.graph_edit import insert, same_sizes, value
+from triton_only_backend.passes.graph_edit import VIEWS, insert, same_sizes, value
 from triton_only_backend.passes.linear_layer import (
     FUSED,
-    VIEWS,
     as_linear,
     viewed_as,
 )

@@ -29,9 +29,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from triton_only_backend.passes.graph_edit import arguments, insert, same_sizes, value
+from triton_only_backend.passes.graph_edit import VIEWS, arguments, insert, same_sizes, value
 from triton_only_backend.passes.refusal import decline
-from triton_only_backend.passes.template import VIEWS, Template
+from triton_only_backend.passes.template import Template
 
 aten = torch.ops.aten
 ATTENTION = torch.ops.triton_only.attention.default

@@ -13,6 +13,12 @@ from triton_only_backend import inductor
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+# The same elements in another shape, as AOTAutograd and our own edits spell it.
+VIEWS = (
+    torch.ops.aten.view.default,
+    torch.ops.aten.reshape.default,
+    torch.ops.aten._unsafe_view.default,
+)
 # Provenance that a replacement inherits; values are computed anew.
 _PROVENANCE = (
     "stack_trace",

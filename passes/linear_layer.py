@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 
-from triton_only_backend.passes.graph_edit import insert, same_sizes, value
+from triton_only_backend.passes.graph_edit import VIEWS, insert, same_sizes, value
 
 aten = torch.ops.aten
 ours = torch.ops.triton_only
 FUSED = ours.linear_fused.default
-VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 
 
 @dataclass(frozen=True)

@@ -115,12 +115,12 @@ def run_on_graph(
 ) -> list[PassResult]:
     """Runs a stage's passes on one graph."""
     results = []
+    known = {id(refusal) for refusal in _refusals(graph)}
     for graph_pass in PIPELINE:
         if graph_pass.stage != stage or graph_pass.name in disabled:
             continue
         if log.isEnabledFor(logging.DEBUG):
             log.debug("before %s (%s):\n%s", graph_pass.name, stage, graph)
-        before = {id(refusal) for refusal in _refusals(graph)}
         start = time.perf_counter()
         fired = graph_pass.run(graph)
         if fired:
@@ -128,7 +128,9 @@ def run_on_graph(
                 graph.eliminate_dead_code()
             graph.lint()
         seconds = time.perf_counter() - start
-        declined = [refusal for refusal in _refusals(graph) if id(refusal) not in before]
+        standing = _refusals(graph)
+        declined = [refusal for refusal in standing if id(refusal) not in known]
+        known = {id(refusal) for refusal in standing}
         refusals = Counter(refusal["detail"] for refusal in declined)
         results.append(PassResult(graph_pass.name, stage, fired, seconds, dict(refusals)))
         log.info(

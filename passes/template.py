@@ -20,14 +20,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from triton_only_backend import inductor
-from triton_only_backend.passes.graph_edit import arguments, value
+from triton_only_backend.passes.graph_edit import VIEWS, arguments, value
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 aten = torch.ops.aten
 COMMUTATIVE = (aten.add.Tensor, aten.mul.Tensor)
-VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 # Stands for a float argument in a trace; no model has exactly this number.
 _ANY_NUMBER = 0.3141592741012573
 
