@@ -4,9 +4,9 @@
 
 A program keeps two accumulators and reads x once for both, so neither product is ever written: the
 same work as a product of twice the columns, without the pass over its output. For 16-bit operands
-with K contiguous in all three, on tensor cores: through pointers, or on Hopper persistently through
-tensor descriptors as in `gemm_tma`. SWAP computes the transposed tile: with few rows in x, the
-weights go to the tensor cores' 64-row side.
+with K contiguous in all three, on tensor cores: through pointers, or on Hopper, for few rows in x,
+persistently through tensor descriptors (for more see `pair_gemm`). SWAP computes the transposed
+tile: with few rows in x, the weights go to the tensor cores' 64-row side.
 """
 
 from __future__ import annotations
@@ -133,11 +133,12 @@ def gated_gemm_kernel(
 
 @triton.jit
 def gated_gemm_tma_kernel(
-    x_desc, gate_desc, up_desc, out_desc, gate_bias_ptr, up_bias_ptr, out_ptr,
+    x_desc, gate_desc, up_desc, gate_bias_ptr, up_bias_ptr, out_ptr,
     M, N, K, stride_om, epilogue,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-    ACTIVATION: tl.constexpr, SWAP: tl.constexpr, FLATTEN: tl.constexpr, PDL: tl.constexpr,
+    ACTIVATION: tl.constexpr, FLATTEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    """Transposed tiles: the weights' rows are the tensor cores' M side."""
     wait_for_producers(PDL)
     grid_m = tl.cdiv(M, BLOCK_M)
     grid_n = tl.cdiv(N, BLOCK_N)
@@ -145,32 +146,19 @@ def gated_gemm_tma_kernel(
         pid_m, pid_n = grouped_tile(tile, grid_m, grid_n, GROUP_M)
         row = pid_m * BLOCK_M
         column = pid_n * BLOCK_N
-        if SWAP:
-            gate = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
-            up = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
-        else:
-            gate = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-            up = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        gate = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+        up = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
         for step in range(0, tl.cdiv(K, BLOCK_K)):
             k = step * BLOCK_K
             x = x_desc.load([row, k])
-            g = gate_desc.load([column, k])
-            u = up_desc.load([column, k])
-            if SWAP:
-                gate = tl.dot(g, x.T, gate)
-                up = tl.dot(u, x.T, up)
-            else:
-                gate = tl.dot(x, g.T, gate)
-                up = tl.dot(x, u.T, up)
+            gate = tl.dot(gate_desc.load([column, k]), x.T, gate)
+            up = tl.dot(up_desc.load([column, k]), x.T, up)
         result, offs_m, offs_n, mask = gate_tile(
             gate, up, gate_bias_ptr, up_bias_ptr, row, column, M, N, epilogue,
-            BLOCK_M, BLOCK_N, ACTIVATION, SWAP,
+            BLOCK_M, BLOCK_N, ACTIVATION, True,
         )  # fmt: skip
-        if out_desc is not None:
-            out_desc.store([row, column], result.to(out_desc.dtype))
-        else:
-            out_ptrs = out_ptr + offs_m * stride_om + offs_n
-            tl.store(out_ptrs, result.to(out_ptr.dtype.element_ty), mask=mask)
+        out_ptrs = out_ptr + offs_m * stride_om + offs_n
+        tl.store(out_ptrs, result.to(out_ptr.dtype.element_ty), mask=mask)
     release_dependents(PDL)
 
 
@@ -212,18 +200,15 @@ def gated_gemm(
             **launch_options(device),
         )  # fmt: skip
         return
-    store = not config.swap and out.stride(0) * out.element_size() % 16 == 0
     weight_block = [config.block_n, config.block_k]
     programs = min(tiles, device.num_sms * config.resident)
     gated_gemm_tma_kernel[(programs,)](
         TensorDescriptor.from_tensor(x, [config.block_m, config.block_k]),
         *(TensorDescriptor.from_tensor(weight, weight_block) for weight in weights),
-        TensorDescriptor.from_tensor(out, [config.block_m, config.block_n]) if store else None,
         gate_bias, up_bias, out,
         M, N, K, out.stride(0), epilogue.arguments,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
-        GROUP_M=config.group_m, ACTIVATION=epilogue.activation, SWAP=config.swap,
-        FLATTEN=programs < tiles,
+        GROUP_M=config.group_m, ACTIVATION=epilogue.activation, FLATTEN=programs < tiles,
         num_warps=config.num_warps, num_stages=config.num_stages,
         **launch_options(device),
     )  # fmt: skip

@@ -86,6 +86,10 @@ class GemmConfig:
     store_halves: bool = False
 
 
+# Shared memory in which a tile of an epilogue's operands changes its layout.
+OPERAND_BYTES = 32768
+
+
 def next_power_of_2(n: int) -> int:
     """The smallest power of two that is at least n."""
     return 1 << max(n - 1, 0).bit_length()
@@ -124,26 +128,38 @@ def supports(problem: GemmProblem, config: GemmConfig, hardware: Hardware) -> bo
 
 @functools.lru_cache(maxsize=4096)
 def with_staging(
-    config: GemmConfig, element_size: int, out_size: int, operand_size: int, hardware: Hardware
+    config: GemmConfig,
+    element_size: int,
+    out_size: int,
+    operand_size: int,
+    many_tiles: bool,
+    hardware: Hardware,
 ) -> GemmConfig:
     """The configuration with the shared memory that its epilogue leaves.
 
-    Beside its pipeline `gemm_tma` stages the tile of the output: whole where operands are read in
-    the epilogue, for they change the tile's layout before it is halved. Measured by compiling for
-    sm90: 128 × 256 with a residual takes 65568 bytes beside its stages, and spills 136 bytes with a
-    multiplier or an output in fp32, or with two operands.
+    Beside its pipeline `gemm_tma` stages the tile of the output. Operands that the epilogue reads
+    change the layout of what they meet, in 32 kB more where the loop over the tiles is flattened.
+    Measured by compiling for sm90: 128 × 256 with a residual takes 65568 bytes beside its stages if
+    stored whole, 65560 in halves and flattened, 98328 whole and flattened; and spills 136 bytes
+    with a multiplier or an output in fp32, or with two operands. Measured on an H200: one tile a
+    program is faster whole with 3 stages than in halves with 4 (4096 × 14336, M = 1024: 164 and
+    172 µs).
 
     Args:
         element_size: of a and b.
         out_size: of the output's elements.
         operand_size: bytes of the epilogue's operands for each element of the output.
+        many_tiles: whether a program computes more tiles than one.
     """
     if config.kernel != "gemm_tma" or config.split_k > 1:
         return config
-    if max(out_size, operand_size) >= 4 and config.block_m * config.block_n > 16384:
+    sums = config.block_m * config.block_n // (32 * config.num_warps)
+    if max(out_size, operand_size) >= 4 and sums >= 128:  # registers a thread
         config = replace(config, block_n=config.block_n // 2)
-    halved = config.store_halves and operand_size == 0
-    staging = config.block_m * config.block_n * out_size // (1 + halved)
+    if operand_size > 0:
+        config = replace(config, store_halves=many_tiles and config.block_n >= 128)
+    staging = config.block_m * config.block_n * out_size // (1 + config.store_halves)
+    staging += OPERAND_BYTES if operand_size > 0 and many_tiles else 0
     stage = (config.block_m + config.block_n) * config.block_k * element_size
     room = hardware.shared_memory // config.resident - staging - 1024
     return replace(config, num_stages=max(1, min(config.num_stages, room // stage)))
@@ -284,11 +300,18 @@ def _hopper(problem: GemmProblem, hardware: Hardware) -> GemmConfig | None:
         if problem.M <= problem.N:
             return _hopper_skinny(problem.transposed, hardware, swap=True)
         return _hopper_skinny(problem, hardware, swap=False)
+    return hopper_choice(problem, hardware)[1]
+
+
+def hopper_choice(
+    problem: GemmProblem, hardware: Hardware, *, may_split: bool = True
+) -> tuple[float, GemmConfig]:
+    """The tiles and split of the persistent kernel with the least time, and that time in µs."""
     read = (problem.M + problem.N) * problem.K * problem.element_size / _HOPPER_BYTES_PER_US
     best: tuple[float, GemmConfig] | None = None
     for block_m, block_n, block_k, warps, stages, halves, tile_us in _HOPPER_TILES:
         tiles = math.ceil(problem.M / block_m) * math.ceil(problem.N / block_n)
-        for split_k in (1, 2, 4):
+        for split_k in (1, 2, 4) if may_split else (1,):
             if split_k > 1 and problem.K // split_k < 8 * block_k:
                 break
             waves = math.ceil(tiles * split_k / hardware.num_sms)
@@ -306,7 +329,7 @@ def _hopper(problem: GemmProblem, hardware: Hardware) -> GemmConfig | None:
                 )  # fmt: skip
                 best = (cost, config)
     assert best is not None
-    return best[1]
+    return best
 
 
 def _hopper_skinny(problem: GemmProblem, hardware: Hardware, *, swap: bool) -> GemmConfig | None:

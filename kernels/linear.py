@@ -5,12 +5,13 @@
     gated: out = epilogue(activation(x @ weight_0ᵀ + bias_0) · (x @ weight_1ᵀ + bias_1))
 
 One or two rows: everything in one launch, and so up to 64 on Hopper where that fills the GPU. Else
-the norm, then a product a weight, or one kernel for two of which one gates the other, with the
-epilogue in the product's kernel.
+the norm, then a product a weight, or one kernel for two that are alike or of which one gates the
+other, with the epilogue in the product's kernel.
 """
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -29,10 +30,12 @@ from triton_only_backend.kernels.linear_configs import (
     SkinnyConfig,
     select_gated,
     select_linear_gemv,
+    select_pair,
     select_skinny,
 )
 from triton_only_backend.kernels.linear_gemv import linear_gemv
 from triton_only_backend.kernels.matmul import is_aligned, matmul
+from triton_only_backend.kernels.pair_gemm import is_pair, pair_gemm
 from triton_only_backend.kernels.rms_norm import Norm, rms_norm
 from triton_only_backend.kernels.skinny_linear import skinny_linear
 
@@ -84,9 +87,10 @@ def linear(
     if gated:
         _gate(a, weights, biases, outs[0], epilogue)
         return
-    for i, (weight, out) in enumerate(zip(weights, outs, strict=True)):
+    alone = _pairs(a, weights, biases, outs, epilogue)
+    for i in alone:
         bias = None if biases is None else biases[i]
-        matmul(a[None], weight.T[None], bias, out[None], epilogue=epilogue)
+        matmul(a[None], weights[i].T[None], bias, outs[i][None], epilogue=epilogue)
 
 
 def _streams(
@@ -157,6 +161,58 @@ def _stream(
             )  # fmt: skip
 
 
+def _pair(
+    x: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor] | None,
+    outs: Sequence[torch.Tensor],
+    epilogue: Epilogue,
+) -> bool:
+    """Computes two layers, or one that gates the other, by `pair_gemm` where that is best."""
+    first, second = weights
+    if not (
+        x.element_size() == 2
+        and outs[0].numel() > 0
+        and x.shape[1] > 0
+        and _is_k_major(x, first, second)
+        and is_pair(first, second)
+        and all(b.stride(0) == 1 for b in biases or ())
+    ):
+        return False
+    device = hardware.of(x.device)
+    N, out_size = first.shape[0], outs[0].element_size()
+    gated = len(outs) == 1
+    pointers = len(epilogue.tensors) > 0 or N * out_size % 16 != 0
+    config = select_pair(bucket(x.shape[0]), bucket(N), x.shape[1], out_size, pointers, device)
+    # Two outputs through pointers spill 200 bytes on sm90.
+    if config is None or (pointers and not gated):
+        return False
+    with hardware.guard(x):
+        pair_gemm(
+            x, weights, biases, outs,
+            config=config, num_sms=device.num_sms, gated=gated, epilogue=epilogue,
+        )  # fmt: skip
+    return True
+
+
+def _pairs(
+    x: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor] | None,
+    outs: Sequence[torch.Tensor],
+    epilogue: Epilogue,
+) -> list[int]:
+    """Computes the layers that pair; returns the numbers of those that are left."""
+    left = list(range(len(weights)))
+    for i, j in itertools.combinations(range(len(weights)), 2):
+        if i in left and j in left:
+            both = [weights[i], weights[j]]
+            theirs = None if biases is None else [biases[i], biases[j]]
+            if _pair(x, both, theirs, [outs[i], outs[j]], epilogue):
+                left = [k for k in left if k not in (i, j)]
+    return left
+
+
 def _gate(
     x: torch.Tensor,
     weights: Sequence[torch.Tensor],
@@ -164,7 +220,7 @@ def _gate(
     out: torch.Tensor,
     epilogue: Epilogue,
 ) -> None:
-    if out.numel() == 0:
+    if out.numel() == 0 or _pair(x, weights, biases, [out], epilogue):
         return
     config = None
     if (

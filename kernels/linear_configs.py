@@ -8,8 +8,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from triton_only_backend.kernels.gemm_configs import (
+    OPERAND_BYTES,
     SKINNY_MAX_ROWS,
+    GemmProblem,
     fit_stages,
+    hopper_choice,
     next_power_of_2,
 )
 
@@ -24,14 +27,12 @@ class GemvConfig:
     Attributes:
         block_n: columns of an output that a program computes.
         block_k: of K a step.
-        prefetch: blocks of block_k that are prefetched before the producer is waited for.
     """
 
     block_n: int
     block_k: int
     num_warps: int
     num_stages: int
-    prefetch: int = 0
 
 
 @functools.lru_cache(maxsize=1024)
@@ -64,7 +65,7 @@ class GatedConfig:
     """How two weights, one gating the other, are multiplied with one input on tensor cores.
 
     Attributes:
-        tma: through tensor descriptors, persistently.
+        tma: through tensor descriptors, persistently; with `swap`.
         block_m: rows of the input.
         block_n: rows of each weight.
         swap: the weights' rows are the tensor cores' M side.
@@ -100,19 +101,6 @@ class SkinnyConfig:
     swap: bool = True
 
 
-# One kernel with two accumulators reaches 600 TFLOP/s of an H200, a product alone 775: 1024 rows of
-# Llama-3-8B's gate and up take 402 µs so, and 370 as two products and a kernel for the gate.
-GATED_MAX_ROWS = 128
-
-# Rows of the input and of each weight, of K, warps, stages; µs that one multiprocessor of an H200
-# takes for a tile of twice the columns with K = 4096 (see `gemm_configs`).
-_HOPPER_TILES = (
-    (64, 64, 128, 4, 4, 14.3),
-    (128, 64, 64, 8, 5, 22.6),
-    (128, 128, 64, 8, 4, 42.0),
-)
-
-
 @functools.lru_cache(maxsize=1024)
 def select_gated(M: int, N: int, K: int, hardware: Hardware) -> GatedConfig | None:
     """The configuration for 16-bit operands; None where two products are better.
@@ -126,9 +114,7 @@ def select_gated(M: int, N: int, K: int, hardware: Hardware) -> GatedConfig | No
     if M <= SKINNY_MAX_ROWS:
         config = _skinny_gated(M, N, hardware)
     elif hardware.has_wgmma:
-        if M > GATED_MAX_ROWS:
-            return None
-        config = _hopper_gated(M, N, hardware)
+        return None  # see `select_pair`
     else:
         # mma.sync keeps operands in registers beside the two accumulators.
         stages = fit_stages(hardware, 128, 128, 32, 2, most=4, blocks=1)
@@ -147,14 +133,52 @@ def _skinny_gated(M: int, N: int, hardware: Hardware) -> GatedConfig:
     )  # fmt: skip
 
 
-def _hopper_gated(M: int, N: int, hardware: Hardware) -> GatedConfig:
-    def cost(tile: tuple[int, int, int, int, int, float]) -> float:
-        block_m, block_n, *_, tile_us = tile
-        tiles = math.ceil(M / block_m) * math.ceil(N / block_n)
-        return math.ceil(tiles / hardware.num_sms) * tile_us
+@dataclass(frozen=True)
+class PairConfig:
+    """How two weights of one shape are multiplied with one input on Hopper.
 
-    block_m, block_n, block_k, warps, stages, _ = min(_HOPPER_TILES, key=cost)
-    return GatedConfig(True, block_m, block_n, block_k, 16, warps, stages)
+    Attributes:
+        block_m: rows of the input.
+        block_n: rows of each weight.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    group_m: int
+    num_warps: int
+    num_stages: int
+
+
+@functools.lru_cache(maxsize=1024)
+def select_pair(
+    M: int, N: int, K: int, out_size: int, pointers: bool, hardware: Hardware
+) -> PairConfig | None:
+    """The configuration for 16-bit operands; None where two products are better.
+
+    The tiles are those of a product of 2 N columns. Two products can split K, and choose tiles of
+    their own; gated, the second reads what the first wrote.
+
+    Args:
+        out_size: bytes of an output's element.
+        pointers: whether the epilogue reads tensors, or the outputs' rows are not aligned: what
+            goes through pointers changes the layout of a tile.
+    """
+    if not hardware.has_wgmma or M <= SKINNY_MAX_ROWS or N <= SKINNY_MAX_ROWS or out_size > 2:
+        return None
+    problem = GemmProblem(1, M, N, K, 2, False, True, True)
+    apart_us = 2 * hopper_choice(problem, hardware)[0]
+    twice = GemmProblem(1, M, 2 * N, K, 2, False, True, True)
+    together_us, config = hopper_choice(twice, hardware, may_split=False)
+    if together_us >= apart_us:
+        return None
+    block_n = config.block_n // 2
+    staging = config.block_m * block_n * out_size + pointers * OPERAND_BYTES
+    stage = (config.block_m + config.block_n) * config.block_k * 2
+    stages = min(config.num_stages, (hardware.shared_memory - staging - 1024) // stage)
+    return PairConfig(
+        config.block_m, block_n, config.block_k, config.group_m, config.num_warps, stages
+    )
 
 
 @functools.lru_cache(maxsize=1024)

@@ -7,10 +7,6 @@
 The loop of `gemv` over K-contiguous weights. The norm costs no pass: a row's Σ a² is gathered
 beside its products with the weights, which it then scales. Gated, a program streams the same rows
 of both weights, so the intermediate of a SwiGLU never leaves its registers.
-
-Under programmatic dependent launch the kernel starts while its producer ends; with PREFETCH it
-brings that many blocks of its weights to the L2 cache meanwhile. Only there, for in eager mode even
-a weight may be what the kernel before wrote, and L2 is coherent where registers are not.
 """
 
 from __future__ import annotations
@@ -23,7 +19,6 @@ import triton.language as tl
 from triton_only_backend.kernels import hardware
 from triton_only_backend.kernels.dependent_launch import (
     launch_options,
-    prefetch_to_l2,
     release_dependents,
     wait_for_producers,
 )
@@ -53,17 +48,11 @@ def linear_gemv_tile(
     norm_eps, norm_offset, epilogue,
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, LANE: tl.constexpr,
     EVEN_K: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr, WIDE: tl.constexpr,
-    STAGES: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr,
+    STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N columns of one output, from one weight or, gated, from two."""
     offs_n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
-    if PDL and PREFETCH > 0:
-        line: tl.constexpr = 1024 // weights[0].dtype.element_ty.primitive_bitwidth
-        lines = tl.minimum(tl.arange(0, PREFETCH * BLOCK_K // line) * line, K - 1)
-        rows = tl.minimum(offs_n, N - 1).to(tl.int64)
-        for i in tl.static_range(0, len(weights)):
-            prefetch_to_l2(weights[i] + rows[:, None] * strides_w[i] + lines[None, :])
     wait_for_producers(PDL)
 
     if WIDE:
@@ -105,14 +94,14 @@ def linear_gemv_kernel(
     norm_eps, norm_offset, epilogue,
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, LANE: tl.constexpr,
     EVEN_K: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr, WIDE: tl.constexpr,
-    STAGES: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr,
+    STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     if GATED:
         linear_gemv_tile(
             a_ptr, norm_ptr, weights, biases, outs[0], pid, columns[0], K,
             stride_am, stride_ak, strides_w, norm_eps, norm_offset, epilogue,
-            ROWS, BLOCK_N, BLOCK_K, LANE, EVEN_K, True, ACTIVATION, WIDE, STAGES, PREFETCH, PDL,
+            ROWS, BLOCK_N, BLOCK_K, LANE, EVEN_K, True, ACTIVATION, WIDE, STAGES, PDL,
         )  # fmt: skip
     else:
         # A branch a matrix, rather than a chosen pointer: Triton keeps what it knows of each
@@ -126,7 +115,7 @@ def linear_gemv_kernel(
                     outs[i], pid - first, columns[i], K,
                     stride_am, stride_ak, (strides_w[i],), norm_eps, norm_offset, epilogue,
                     ROWS, BLOCK_N, BLOCK_K, LANE, EVEN_K, False,
-                    ACTIVATION, WIDE, STAGES, PREFETCH, PDL,
+                    ACTIVATION, WIDE, STAGES, PDL,
                 )  # fmt: skip
             first += tiles
 
@@ -149,7 +138,7 @@ def linear_gemv(
         weights: one to three of (N_i, K), a's dtype, K-contiguous.
         biases: as many of (N_i,), contiguous, or None.
         outs: as many of (M, N_i), contiguous; gated, one.
-        config: tile sizes, warps, stages and blocks to prefetch.
+        config: tile sizes, warps and stages.
         norm: normalises a's rows; its weight is contiguous.
         gated: of two weights, the activation of the first product times the second.
         epilogue: what follows; with operands only for one output.
@@ -166,6 +155,6 @@ def linear_gemv(
         LANE=16 // a.element_size(), EVEN_K=K % config.block_k == 0,
         GATED=gated, ACTIVATION=epilogue.activation,
         WIDE=can_overflow_int32(a, *weights, *epilogue.tensors), STAGES=config.num_stages,
-        PREFETCH=config.prefetch, num_warps=config.num_warps,
+        num_warps=config.num_warps,
         **launch_options(hardware.of(a.device)),
     )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import triton
 
 from triton_only_backend.errors import UnsupportedProblemError
 from triton_only_backend.kernels import hardware
@@ -107,9 +108,13 @@ def matmul(
         if config.kernel == "gemv":
             gemv(a, b, bias, out, alpha=alpha, beta=beta, config=config, epilogue=epilogue)
         elif config.kernel == "gemm_tma":
-            sizes = (a.element_size(), out.element_size())
-            operand_size = sum(t.element_size() for t in epilogue.tensors)
-            config = with_staging(config, *sizes, operand_size, device)
+            rows, columns = (N, M) if config.swap_operands else (M, N)
+            tiles = triton.cdiv(rows, config.block_m) * triton.cdiv(columns, config.block_n)
+            config = with_staging(
+                config, a.element_size(), out.element_size(),
+                sum(t.element_size() for t in epilogue.tensors),
+                tiles > device.num_sms * config.resident, device,
+            )  # fmt: skip
             gemm_tma(
                 a[0], b[0], None if bias is None else bias[0], out[0],
                 alpha=alpha, beta=beta, config=config, num_sms=device.num_sms, epilogue=epilogue,

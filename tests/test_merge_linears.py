@@ -43,9 +43,9 @@ def trace(function, *args):
 
 
 def qkv(x, q, k, v):
-    y = ours.mm(x.view(2, 32), q.permute(1, 0))
+    y = ours.mm(x.view(-1, 32), q.permute(1, 0))
     y = y.sin()
-    return y, ours.mm(x.view(2, 32), k.permute(1, 0)), ours.mm(x.view(2, 32), v.permute(1, 0))
+    return y, ours.mm(x.view(-1, 32), k.permute(1, 0)), ours.mm(x.view(-1, 32), v.permute(1, 0))
 
 
 def targets(gm):
@@ -66,10 +66,17 @@ def test_merges_q_k_v(device):
     assert merge_linears(gm.graph) == 0
 
 
-def test_left_alone():
-    def three_rows(x, a, b):
-        return ours.mm(x, a.permute(1, 0)), ours.mm(x, b.permute(1, 0))
+@pytest.mark.parametrize("rows", [0, 1, 64, 65, 200])
+def test_many_rows_merge_where_two_weights_are_alike(rows):
+    args = [torch.randn(s) for s in ((rows, 1, 32), (64, 32), (16, 32), (16, 32))]
+    gm = trace(qkv, *args)
+    assert merge_linears(gm.graph) == (rows > 0)
+    assert targets(gm).count(ours.linear_many.default) == (rows > 0)
+    args[3] = torch.randn(24, 32)
+    assert merge_linears(trace(qkv, *args).graph) == (0 < rows <= 64)
 
+
+def test_left_alone():
     def two_inputs(x, a, b):
         return ours.mm(x, a.permute(1, 0)), ours.mm(x.sin(), b.permute(1, 0))
 
@@ -80,7 +87,7 @@ def test_left_alone():
         bias = torch.zeros(8)
         return ours.addmm(bias, x, a.permute(1, 0), alpha=2), ours.mm(x, b.permute(1, 0))
 
-    for model, rows in ((three_rows, 3), (two_inputs, 2), (computed_weight, 2), (scaled, 2)):
+    for model, rows in ((two_inputs, 2), (computed_weight, 2), (scaled, 2)):
         gm = trace(model, torch.randn(rows, 32), torch.randn(8, 32), torch.randn(8, 32))
         before = targets(gm)
         assert merge_linears(gm.graph) == 0, model

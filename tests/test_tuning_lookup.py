@@ -168,15 +168,18 @@ def test_a_table_of_another_form_is_refused(text: str, tmp_path: Path) -> None:
 def test_the_epilogue_has_shared_memory_left() -> None:
     """128 × 256 × 64 in bf16: a stage is 48 KiB, the output's tile 64, halved 32."""
     wide = GemmConfig("gemm_tma", 128, 256, 64, 1, 8, 8, 4, store_halves=True)
-    assert with_staging(wide, 2, 2, 0, H200) == wide
-    assert with_staging(wide, 2, 2, 2, H200).num_stages == 3  # an operand: not halved
+    assert with_staging(wide, 2, 2, 0, True, H200) == wide
+    # An operand: whole, or for many tiles in halves, with 32 KiB to change its layout.
+    for many_tiles in (False, True):
+        config = with_staging(wide, 2, 2, 2, many_tiles, H200)
+        assert (config.num_stages, config.store_halves) == (3, many_tiles)
     for out_size, operand_size in ((4, 0), (2, 4)):
-        assert with_staging(wide, 2, out_size, operand_size, H200).block_n == 128
+        assert with_staging(wide, 2, out_size, operand_size, False, H200).block_n == 128
     whole = dataclasses.replace(wide, store_halves=False, num_stages=3)
-    assert with_staging(whole, 2, 2, 0, H200) == whole
+    assert with_staging(whole, 2, 2, 0, False, H200) == whole
     split = dataclasses.replace(wide, split_k=2)
-    assert with_staging(split, 2, 2, 2, H200) == split
-    assert with_staging(CONFIG, 2, 2, 4, H200) == CONFIG
+    assert with_staging(split, 2, 2, 2, False, H200) == split
+    assert with_staging(CONFIG, 2, 2, 4, False, H200) == CONFIG
 
 
 # Cost
