@@ -27,7 +27,8 @@ _PACKED = (
 )
 _GRADIENTS = "(Tensor grad_query, Tensor grad_key, Tensor grad_value)"
 SCHEMAS = (
-    f"attention({_ARGUMENTS}) -> Tensor",
+    "mask_spans(Tensor mask) -> Tensor",
+    f"attention({_ARGUMENTS}, Tensor? spans=None) -> Tensor",
     f"attention_forward({_ARGUMENTS}) -> (Tensor output, Tensor logsumexp)",
     "attention_backward(Tensor grad_output, Tensor query, Tensor key, Tensor value, "
     "Tensor? attn_mask, Tensor output, Tensor logsumexp, Tensor? seed=None, *, "
@@ -40,17 +41,30 @@ SCHEMAS = (
 )
 
 
+def _mask_spans(mask: Tensor) -> Tensor:
+    spans: Tensor = load("mask_spans").mask_spans(mask)
+    return spans
+
+
+def _fake_mask_spans(mask: Tensor) -> Tensor:
+    spans: Tensor = load("mask_spans").empty_spans(mask)
+    return spans
+
+
 def _attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attn_mask: Tensor | None = None,
     seed: Tensor | None = None,
+    *,
+    spans: Tensor | None = None,
     **options: Any,
 ) -> Tensor:
     sdpa = load("sdpa")
+    tensors = (query, key, value, attn_mask, seed)
     output: Tensor = sdpa.forward(
-        query, key, value, attn_mask, seed, sdpa.Options(**options), with_logsumexp=False
+        *tensors, sdpa.Options(**options), with_logsumexp=False, spans=spans
     )[0]
     return output
 
@@ -94,14 +108,18 @@ def _fake_attention_forward(
     value: Tensor,
     attn_mask: Tensor | None = None,
     seed: Tensor | None = None,
+    *,
+    spans: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
     sdpa = load("sdpa")
     chosen = sdpa.Options(**options)
     sdpa.check(query, key, value, attn_mask, seed, chosen)
-    lead = sdpa.operands(query, key, value, attn_mask, chosen.enable_gqa).lead
-    output = sdpa.empty_output(query, lead, value.shape[-1], chosen.contiguous)
-    return output, sdpa.empty_logsumexp(query, lead)
+    operands = sdpa.operands(query, key, value, attn_mask, chosen.enable_gqa)
+    if spans is not None:
+        sdpa.view_spans(spans, attn_mask, operands)
+    output = sdpa.empty_output(query, operands.lead, value.shape[-1], chosen.contiguous)
+    return output, sdpa.empty_logsumexp(query, operands.lead)
 
 
 def _fake_attention(*args: Any, **options: Any) -> Tensor:
@@ -142,6 +160,7 @@ def _fake_varlen(*args: Any, **options: Any) -> Tensor:
 
 
 IMPLEMENTATIONS = {
+    "mask_spans": (_mask_spans, _fake_mask_spans),
     "attention": (_attention, _fake_attention),
     "attention_forward": (_attention_forward, _fake_attention_forward),
     "attention_backward": (_attention_backward, _fake_attention_backward),

@@ -43,7 +43,7 @@ from triton_only_backend.kernels.attention_tiles import (
     tile_and_head,
     visible_end,
 )
-from triton_only_backend.kernels.mask_spans import mask_spans, span_of_tile
+from triton_only_backend.kernels.mask_spans import broadcast_mask_spans, span_of_tile
 
 if TYPE_CHECKING:
     from triton_only_backend.kernels.attention_configs import FlashConfig
@@ -212,9 +212,8 @@ def flash_attention_kernel(
     # Keys before `full` need no mask where its spans are known.
     MASK_FULL: tl.constexpr = HAS_MASK and spans_ptr is None
     if spans_ptr is not None:
-        tile_of_rows = start_m // BLOCK_M
         first_hidden, stop = span_of_tile(
-            spans_ptr, spans_strides, b, h, tile_of_rows, stop, SPAN_CHUNKS
+            spans_ptr, spans_strides, b, h, start_m, len_q, stop, BLOCK_M, SPAN_CHUNKS
         )
         full = tl.minimum(full, tl.minimum(first_hidden, stop) // BLOCK_N * BLOCK_N)
     elif HAS_MASK and MASK_IS_BOOL:
@@ -306,6 +305,7 @@ def flash_attention(
     config: FlashConfig,
     precision: str,
     modifiers: Modifiers = attention_modifiers.NONE,
+    spans: torch.Tensor | None = None,
 ) -> None:
     """Writes softmax(scale * query @ key^T + attn_mask) @ value to `out`, and its log-sum-exp.
 
@@ -320,6 +320,8 @@ def flash_attention(
         is_causal: query i sees the keys j <= i only.
         precision: how fp32 products are computed, "ieee" or "tf32".
         modifiers: soft-cap, window, dropout and packed sequences, where there are any.
+        spans: (B, H, tiles, chunks, 2) int32, `mask_spans` of a boolean mask (stride 0 where it is
+            broadcast), where they are known already.
     """
     batch, num_heads, len_q, head_dim = query.shape
     num_kv_heads, len_kv, head_dim_v = value.shape[1:]
@@ -338,9 +340,10 @@ def flash_attention(
         config = without_tma(config, max(block_d, block_dv))
     kv_bytes = len_kv * (head_dim + head_dim_v) * key.element_size()
     section_heads = heads_in_cache(kv_bytes, group_size, batch * num_heads)
-    spans = None
-    if mask.dtype == torch.bool and not modifiers.is_packed and not modifiers.has_window:
-        spans = mask_spans(mask, config.block_m)
+    if mask.dtype != torch.bool or modifiers.is_packed or modifiers.has_window:
+        spans = None
+    elif spans is None:
+        spans = broadcast_mask_spans(mask)
     grid = (triton.cdiv(len_q, config.block_m) * batch * num_heads,)
     flash_attention_kernel[grid](
         query, tma_descriptor(key, config.block_n, block_d) if use_tma else key,

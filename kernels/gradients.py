@@ -147,9 +147,14 @@ def _attention(
     value: Tensor,
     attn_mask: Tensor | None = None,
     seed: Tensor | None = None,
+    *,
+    spans: Tensor | None = None,
     **options: Any,
 ) -> Tensor:
-    """Autograd's `attention`: with a gradient to come, the forward that keeps the log-sum-exp."""
+    """Autograd's `attention`: with a gradient to come, the forward that keeps the log-sum-exp.
+
+    That one scans its mask itself: `spans` say nothing that the mask does not.
+    """
     output: Tensor
     tensors = (query, key, value) if attn_mask is None else (query, key, value, attn_mask)
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
@@ -161,7 +166,9 @@ def _attention(
         output = pair[0]
         return output
     with torch._C._AutoDispatchBelowAutograd():
-        output = torch.ops.triton_only.attention(query, key, value, attn_mask, seed, **options)
+        output = torch.ops.triton_only.attention(
+            query, key, value, attn_mask, seed, **options, spans=spans
+        )
     return output
 
 

@@ -9,6 +9,7 @@
     triton_only::attention(q, k, v, mask)         scaled dot-product attention
     triton_only::attention_forward(q, k, v, mask) the same, with its log-sum-exp for the backward
     triton_only::attention_backward(…)            gradients of q, k and v
+    triton_only::mask_spans(mask)                 where a mask hides nothing, and where all
     triton_only::attention_varlen(q, k, v, …)     attention of sequences packed one after the other
     triton_only::random_seeds(count)              seeds for random numbers, by PyTorch's generator
     triton_only::attention_rope_cache(…)          rotary embedding, cache write and attention

@@ -26,6 +26,7 @@ from triton_only_backend.kernels.decode_attention import decode_attention
 from triton_only_backend.kernels.flash_attention import flash_attention
 from triton_only_backend.kernels.flash_attention_backward import flash_attention_backward
 from triton_only_backend.kernels.limits import DTYPES, MAX_HEAD_DIM
+from triton_only_backend.kernels.mask_spans import spans_shape
 from triton_only_backend.kernels.matmul import float32_precision
 
 Tensor = torch.Tensor
@@ -183,6 +184,29 @@ def operands(
     return Operands(_to_4d(query, lead), _to_4d(key, kv_lead), _to_4d(value, kv_lead), mask, lead)
 
 
+def view_spans(spans: Tensor, attn_mask: Tensor | None, x: Operands) -> Tensor:
+    """A mask's spans as (B, H, tiles, chunks, 2), broadcast as the mask is.
+
+    Raises:
+        UnsupportedProblemError: spans that are of no boolean mask, or no spans at all.
+    """
+    if attn_mask is None or attn_mask.dtype != torch.bool or spans.dtype != torch.int32:
+        what = f"{spans.dtype} spans beside {'no' if attn_mask is None else attn_mask.dtype} mask"
+        remedy = "pass triton_only.mask_spans(attn_mask) of a boolean mask, or none"
+        raise refuse(what, remedy, x.query, x.key, x.value)
+    tiles, *tail = spans_shape(x.query.shape[-2], x.key.shape[-2])
+    torch._check(
+        spans.dim() >= 3 and spans.shape[-2] == tail[0] and spans.shape[-1] == tail[1],
+        lambda: (
+            f"triton_only.attention: spans (…, {tiles} or 1, {tail[0]}, {tail[1]}) are needed, got "
+            f"{list(spans.shape)}; they are triton_only.mask_spans(attn_mask) of a mask that has "
+            "all keys"
+        ),
+    )
+    flat = _to_4d(spans.expand(*x.lead, tiles, *tail).flatten(-2), x.lead)
+    return flat.view(*flat.shape[:3], *tail)
+
+
 def empty_output(
     query: Tensor, lead: tuple[int, ...], head_dim_v: int, contiguous: bool = False
 ) -> Tensor:
@@ -220,6 +244,12 @@ def _problem(x: Operands, options: Options) -> AttentionProblem:
     )
 
 
+def decodes(query: Tensor, key: Tensor, value: Tensor, options: Options) -> bool:
+    """Whether the decoding kernel runs this attention, which scans a mask by itself."""
+    x = operands(query, key, value, None, options.enable_gqa)
+    return uses_decode_kernel(_problem(x, options))
+
+
 def scale_of(query: Tensor, scale: float | None) -> float:
     """The scale of the scores: 1 / sqrt(head_dim) unless one is given."""
     return 1.0 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
@@ -239,8 +269,11 @@ def forward(
     options: Options,
     *,
     with_logsumexp: bool,
+    spans: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention's output (*lead, L_q, D_v) and, on request, its log-sum-exp (*lead, L_q) in fp32.
+
+    `spans` are those of the mask (see `view_spans`), where something has scanned it already.
 
     Raises:
         UnsupportedProblemError: see `check`.
@@ -249,6 +282,8 @@ def forward(
     check(query, key, value, attn_mask, seed, options)
     device = hardware.of(query.device)
     x = operands(query, key, value, attn_mask, options.enable_gqa)
+    if spans is not None:
+        spans = view_spans(spans, attn_mask, x)
     output = empty_output(query, x.lead, value.shape[-1], options.contiguous)
     logsumexp = empty_logsumexp(query, x.lead) if with_logsumexp else None
     if output.numel() == 0 and (logsumexp is None or logsumexp.numel() == 0):
@@ -267,7 +302,8 @@ def forward(
         if uses_decode_kernel(problem):
             decode_attention(*tensors, config=select_decode_config(problem, device), **arguments)
         else:
-            flash_attention(*tensors, config=select_flash_config(problem, device), **arguments)
+            config = select_flash_config(problem, device)
+            flash_attention(*tensors, config=config, **arguments, spans=spans)
     return output, logsumexp
 
 

@@ -37,6 +37,7 @@ from triton_only_backend.passes.rewrite_attention import rewrite_attention
 from triton_only_backend.passes.rewrite_matmul import rewrite_matmul
 from triton_only_backend.passes.rewrite_seeds import rewrite_seeds
 from triton_only_backend.passes.sdpa_to_flex import sdpa_to_flex
+from triton_only_backend.passes.share_mask_spans import share_mask_spans
 from triton_only_backend.passes.split_argmax import split_argmax
 from triton_only_backend.passes.split_gate import split_gate
 
@@ -74,6 +75,7 @@ PIPELINE: tuple[Pass, ...] = (
     Pass("merge_linears", "aten", merge_linears),
     Pass("fuse_norm", "aten", fuse_norm),
     Pass("fuse_rope_cache", "aten", fuse_rope_cache),
+    Pass("share_mask_spans", "aten", share_mask_spans),
     Pass("merge_counters", "aten", merge_counters),
     Pass("split_argmax", "aten", split_argmax),
     Pass("rewrite_matmul", "sweep", rewrite_matmul),

@@ -83,12 +83,12 @@ def fired(function, *args) -> Counter[str]:
 def graphs(name: str) -> dict[str, Counter[str]]:
     """The passes that fire in a decode step and in a prefill."""
     model, config = build(name)
-    prompt = torch.randint(1, 64, (2, 8))
+    prompt = torch.randint(1, 64, (2, 40))
     if name == "BERT":
         return {"forward": fired(lambda ids: model(input_ids=ids).logits, prompt)}
 
-    cache = transformers.StaticCache(config=config, max_cache_len=32)
-    slots = torch.arange(32)
+    cache = transformers.StaticCache(config=config, max_cache_len=64)
+    slots = torch.arange(64)
 
     def step(tokens, positions):
         return model(
@@ -101,10 +101,10 @@ def graphs(name: str) -> dict[str, Counter[str]]:
         ).logits
 
     with torch.no_grad():
-        step(prompt, torch.arange(8))
-    found = {"decode": fired(step, prompt[:, :1].contiguous(), torch.tensor([8]))}
+        step(prompt, torch.arange(40))
+    found = {"decode": fired(step, prompt[:, :1].contiguous(), torch.tensor([40]))}
     cache.reset()
-    return {**found, "prefill": fired(step, prompt, torch.arange(8))}
+    return {**found, "prefill": fired(step, prompt, torch.arange(40))}
 
 
 def table(names: list[str]) -> str:
