@@ -1,4 +1,4 @@
-"""Rotary embedding of one new position, its key and value put into the cache.
+"""Rotary embedding of new positions, their keys and values put into the cache.
 
 With x a head of the query or of the key, R the rotary width, and cos and sin of the position,
 
@@ -10,9 +10,9 @@ With x a head of the query or of the key, R the rotary width, and cos and sin of
 and y[d] = x[d] for d >= R; in fp32, rounded once. A position counts from the end where it is
 negative, and writes nothing where it is outside the cache.
 
-The kernel here serves where `rope_cache_attention` cannot do it all in one launch; the functions
-serve both. Layouts: query (B, H, 1, D), key (B, H_kv, 1, D), value (B, H_kv, 1, D_v) and the caches
-(B, H_kv, S, D) and (B, H_kv, S, D_v), all by strides.
+The kernel here serves a prefill, and where `rope_cache_attention` cannot do it all in one launch;
+the functions serve both. Layouts: query (B, H, L, D), key (B, H_kv, L, D), value (B, H_kv, L, D_v)
+and the caches (B, H_kv, S, D) and (B, H_kv, S, D_v), all by strides.
 
 Reference: Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding",
 arXiv:2104.09864.
@@ -39,8 +39,8 @@ if TYPE_CHECKING:
 class Rotation(NamedTuple):
     """How heads are rotated: `kind` is "half", "interleaved" or "none".
 
-    cos and sin are (B, W) views, stride 0 where they broadcast, with W = width for "half" and
-    width / 2 for "interleaved"; any tensor of two dimensions where there is none.
+    cos and sin are (B, L, W) views, stride 0 where they broadcast, with W = width for "half" and
+    width / 2 for "interleaved"; any tensor of three dimensions where there is none.
     """
 
     kind: str
@@ -122,46 +122,78 @@ def write_slot(
 
 
 @triton.jit
+def move_heads(
+    rows, strides, out_rows, out_strides, valid, cos, sin, rotary_dim, head_dim,
+    BLOCK_D: tl.constexpr, ROPE: tl.constexpr,
+):  # fmt: skip
+    """Rotates the heads at the pointers `rows` (unless ROPE is "none") into `out_rows`."""
+    x, y = load_heads(rows, valid, strides[3], rotary_dim, head_dim, BLOCK_D, ROPE)
+    offs_d = tl.arange(0, BLOCK_D)
+    ptrs = out_rows[:, None] + offs_d.to(tl.int64)[None, :] * out_strides[3]
+    mask = valid[:, None] & (offs_d < head_dim)[None, :]
+    tl.store(ptrs, rotate(x, y, cos, sin, ROPE), mask=mask)
+
+
+@triton.jit
 def rope_cache_kernel(
     q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, position_ptr, q_out_ptr, k_cache_ptr, v_cache_ptr,
-    q_strides, k_strides, v_strides, cos_strides, sin_strides, stride_position,
+    q_strides, k_strides, v_strides, cos_strides, sin_strides, position_strides,
     q_out_strides, k_cache_strides, v_cache_strides,
-    num_heads, num_kv_heads, len_cache, head_dim, head_dim_v, rotary_dim,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, ROPE: tl.constexpr, PDL: tl.constexpr,
+    len_q, num_heads, num_kv_heads, len_cache, head_dim, head_dim_v, rotary_dim,
+    BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, ROPE: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
+    """BLOCK_H heads of one position, of the query or of key and value."""
     wait_for_producers(PDL)
-    heads = num_heads + num_kv_heads
-    b = (tl.program_id(0) // heads).to(tl.int64)
-    head = (tl.program_id(0) % heads).to(tl.int64)
+    q_blocks = tl.cdiv(num_heads, BLOCK_H)
+    blocks = q_blocks + tl.cdiv(num_kv_heads, BLOCK_H)
+    token = tl.program_id(0) // blocks
+    block = tl.program_id(0) % blocks
+    b = (token // len_q).to(tl.int64)
+    at = (token % len_q).to(tl.int64)
     cos, sin = load_angles(
-        cos_ptr + b * cos_strides[0], sin_ptr + b * sin_strides[0], cos_strides[1], sin_strides[1],
-        rotary_dim, 1, BLOCK_D, ROPE,
+        cos_ptr + b * cos_strides[0] + at * cos_strides[1],
+        sin_ptr + b * sin_strides[0] + at * sin_strides[1],
+        cos_strides[2], sin_strides[2], rotary_dim, 1, BLOCK_D, ROPE,
     )  # fmt: skip
-    zero = tl.zeros((1,), tl.int64)
-    if head < num_heads:
-        rows = q_ptr + b * q_strides[0] + head * q_strides[1] + zero
-        x, y = load_heads(rows, zero == 0, q_strides[3], rotary_dim, head_dim, BLOCK_D, ROPE)
-        offs_d = tl.arange(0, BLOCK_D)
-        q_out = q_out_ptr + b * q_out_strides[0] + head * q_out_strides[1]
-        q_out += offs_d.to(tl.int64)[None, :] * q_out_strides[3]
-        q = rotate(x, y, cos, sin, ROPE)
-        tl.store(q_out, q, mask=(offs_d < head_dim)[None, :])
-    else:
-        h = head - num_heads
-        rows = k_ptr + b * k_strides[0] + h * k_strides[1] + zero
-        x, y = load_heads(rows, zero == 0, k_strides[3], rotary_dim, head_dim, BLOCK_D, ROPE)
-        offs_dv = tl.arange(0, BLOCK_DV)
-        v_ptrs = v_ptr + b * v_strides[0] + h * v_strides[1]
-        v = tl.load(v_ptrs + offs_dv.to(tl.int64) * v_strides[3], mask=offs_dv < head_dim_v)
-        position = tl.load(position_ptr + b * stride_position).to(tl.int64)
-        position = tl.where(position < 0, position + len_cache, position)  # as indexing does
-        write_slot(
-            rotate(x, y, cos, sin, ROPE), v, position,
-            k_cache_ptr + b * k_cache_strides[0] + h * k_cache_strides[1],
-            v_cache_ptr + b * v_cache_strides[0] + h * v_cache_strides[1],
-            len_cache, head_dim, head_dim_v, k_cache_strides[2], k_cache_strides[3],
-            v_cache_strides[2], v_cache_strides[3], BLOCK_D, BLOCK_DV,
+    lanes = tl.arange(0, BLOCK_H)
+    if block < q_blocks:
+        h = (block * BLOCK_H + lanes).to(tl.int64)
+        move_heads(
+            q_ptr + b * q_strides[0] + h * q_strides[1] + at * q_strides[2], q_strides,
+            q_out_ptr + b * q_out_strides[0] + h * q_out_strides[1] + at * q_out_strides[2],
+            q_out_strides, h < num_heads, cos, sin, rotary_dim, head_dim, BLOCK_D, ROPE,
         )  # fmt: skip
+    else:
+        h = ((block - q_blocks) * BLOCK_H + lanes).to(tl.int64)
+        slot = tl.load(position_ptr + b * position_strides[0] + at * position_strides[1])
+        slot = slot.to(tl.int64)
+        slot = tl.where(slot < 0, slot + len_cache, slot)  # as indexing does
+        valid = (h < num_kv_heads) & (slot >= 0) & (slot < len_cache)
+        k_cache_ptr += b * k_cache_strides[0] + slot * k_cache_strides[2]
+        v_cache_ptr += b * v_cache_strides[0] + slot * v_cache_strides[2]
+        move_heads(
+            k_ptr + b * k_strides[0] + h * k_strides[1] + at * k_strides[2], k_strides,
+            k_cache_ptr + h * k_cache_strides[1], k_cache_strides,
+            valid, cos, sin, rotary_dim, head_dim, BLOCK_D, ROPE,
+        )  # fmt: skip
+        move_heads(
+            v_ptr + b * v_strides[0] + h * v_strides[1] + at * v_strides[2], v_strides,
+            v_cache_ptr + h * v_cache_strides[1], v_cache_strides,
+            valid, cos, sin, rotary_dim, head_dim_v, BLOCK_DV, "none",
+        )  # fmt: skip
+
+
+def rotation_of(
+    rope: str, cos: torch.Tensor | None, sin: torch.Tensor | None, query: torch.Tensor
+) -> Rotation:
+    """The rotation of a query (B, H, L, D) by tables (B or 1, L, W), or with fewer dimensions."""
+    if cos is None or sin is None:
+        return Rotation("none", 0, query[:, 0], query[:, 0])
+    batch, _, length, _ = query.shape
+    width = cos.shape[-1]
+    tables = (t.reshape(-1, length, width).expand(batch, length, width) for t in (cos, sin))
+    return Rotation(rope, width if rope == "half" else 2 * width, *tables)
 
 
 def rope_cache(
@@ -177,23 +209,30 @@ def rope_cache(
     """Writes the rotated query to `query_out`, the rotated key and the value into the caches.
 
     Args:
-        query: (B, H, 1, D) fp16, bf16 or fp32, any strides.
-        key: (B, H_kv, 1, D) of query's dtype, any strides.
-        value: (B, H_kv, 1, D_v) of query's dtype, any strides.
+        query: (B, H, L, D) fp16, bf16 or fp32, any strides.
+        key: (B, H_kv, L, D) of query's dtype, any strides.
+        value: (B, H_kv, L, D_v) of query's dtype, any strides.
         rotation: what is applied to query and key.
         key_cache: (B, H_kv, S, D) of query's dtype, any strides without overlap.
         value_cache: (B, H_kv, S, D_v) of query's dtype, any strides without overlap.
-        positions: (B,) integers, stride 0 where they broadcast: the slot in the caches.
-        query_out: (B, H, 1, D) of query's dtype, any strides without overlap.
+        positions: (B, L) integers, stride 0 where they broadcast: the slots in the caches. Of
+            equal ones of one sequence, any may be the one that stays.
+        query_out: (B, H, L, D) of query's dtype, any strides without overlap.
     """
-    batch, num_heads, _, head_dim = query.shape
+    batch, num_heads, len_q, head_dim = query.shape
     num_kv_heads, length, head_dim_v = value_cache.shape[1:]
-    rope_cache_kernel[(batch * (num_heads + num_kv_heads),)](
+    # Eight heads of 128 keep a warp's loads at 16 bytes a lane, and a program's at 8 kB.
+    block_h = min(8, triton.next_power_of_2(max(num_heads, 1)))
+    blocks = triton.cdiv(num_heads, block_h) + triton.cdiv(num_kv_heads, block_h)
+    if batch * len_q == 0:
+        return
+    rope_cache_kernel[(batch * len_q * blocks,)](
         query, key, value, rotation.cos, rotation.sin, positions,
         query_out, key_cache, value_cache,
         query.stride(), key.stride(), value.stride(), rotation.cos.stride(), rotation.sin.stride(),
-        positions.stride(0), query_out.stride(), key_cache.stride(), value_cache.stride(),
-        num_heads, num_kv_heads, length, head_dim, head_dim_v, rotation.width,
-        BLOCK_D=padded_head_dim(head_dim), BLOCK_DV=padded_head_dim(head_dim_v),
-        ROPE=rotation.kind, num_warps=1, **launch_options(hardware.of(query.device)),
+        positions.stride(), query_out.stride(), key_cache.stride(), value_cache.stride(),
+        len_q, num_heads, num_kv_heads, length, head_dim, head_dim_v, rotation.width,
+        BLOCK_H=block_h, BLOCK_D=padded_head_dim(head_dim), BLOCK_DV=padded_head_dim(head_dim_v),
+        ROPE=rotation.kind, num_warps=4 if block_h == 8 else 1,
+        **launch_options(hardware.of(query.device)),
     )  # fmt: skip

@@ -47,6 +47,7 @@ from triton_only_backend.kernels.rope_cache import (
     load_heads,
     rope_cache,
     rotate,
+    rotation_of,
     write_slot,
 )
 from triton_only_backend.kernels.split_kv import (
@@ -100,7 +101,7 @@ def rope_cache_attention_kernel(
     cos_ptr += b * cos_strides[0]
     sin_ptr += b * sin_strides[0]
     cos, sin = load_angles(
-        cos_ptr, sin_ptr, cos_strides[1], sin_strides[1], rotary_dim, BLOCK_G, BLOCK_D, ROPE
+        cos_ptr, sin_ptr, cos_strides[2], sin_strides[2], rotary_dim, BLOCK_G, BLOCK_D, ROPE
     )
     q_rows = q_ptr + b * q_strides[0] + h * q_strides[1]
     x, y = load_heads(q_rows, row_valid, q_strides[3], rotary_dim, head_dim, BLOCK_D, ROPE)
@@ -108,7 +109,7 @@ def rope_cache_attention_kernel(
     k_row = k_ptr + b * k_strides[0] + kv_head * k_strides[1] + zero
     k_x, k_y = load_heads(k_row, zero == 0, k_strides[3], rotary_dim, head_dim, BLOCK_D, ROPE)
     k_cos, k_sin = load_angles(
-        cos_ptr, sin_ptr, cos_strides[1], sin_strides[1], rotary_dim, 1, BLOCK_D, ROPE
+        cos_ptr, sin_ptr, cos_strides[2], sin_strides[2], rotary_dim, 1, BLOCK_D, ROPE
     )
     offs_dv = tl.arange(0, BLOCK_DV)
     v_ptrs = v_ptr + b * v_strides[0] + kv_head * v_strides[1]
@@ -183,7 +184,7 @@ def attention_rope_cache(
         return
     slots = positions.reshape(-1).expand(batch)
     mask = None if attn_mask is None else attn_mask.expand(batch, num_heads, 1, len_kv)
-    rotation = _rotation(rope, cos, sin, query)
+    rotation = rotation_of(rope, cos, sin, query)
     scale = 1.0 / math.sqrt(head_dim) if scale is None else float(scale)
     precision = float32_precision(query.device) if query.dtype == torch.float32 else "ieee"
     if config is None:
@@ -203,19 +204,11 @@ def attention_rope_cache(
             )  # fmt: skip
             return
         rotated = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-        rope_cache(query, key, value, rotation, key_cache, value_cache, slots, rotated)
+        rope_cache(query, key, value, rotation, key_cache, value_cache, slots[:, None], rotated)
         decode_attention(
             rotated, key_cache, value_cache, mask, out, None,
             is_causal=is_causal, scale=scale, config=config, precision=precision,
         )  # fmt: skip
-
-
-def _rotation(rope: str, cos: Tensor | None, sin: Tensor | None, query: Tensor) -> Rotation:
-    if cos is None or sin is None:
-        return Rotation("none", 0, query[:, :, 0, 0], query[:, :, 0, 0])
-    batch, width = query.shape[0], cos.shape[-1]
-    rows = (t.reshape(-1, width).expand(batch, width) for t in (cos, sin))
-    return Rotation(rope, width if rope == "half" else 2 * width, *rows)
 
 
 def _launch(

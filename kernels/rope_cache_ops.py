@@ -1,4 +1,8 @@
-"""Schema, fake kernel and implementation of a decoding step's attention with its cache write."""
+"""Schemas, fake kernels and implementations of rotary embedding with the write of the KV cache.
+
+`attention_rope_cache` is a decoding step's attention with both, `rope_cache` these two for several
+positions: the rotated query is what it returns.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +19,8 @@ SCHEMAS = (
     "attention_rope_cache(Tensor query, Tensor key, Tensor value, Tensor? cos, Tensor? sin, "
     "Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor positions, Tensor? attn_mask=None, *, "
     'str rope="half", bool is_causal=False, float? scale=None) -> Tensor',
+    "rope_cache(Tensor query, Tensor key, Tensor value, Tensor? cos, Tensor? sin, "
+    'Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor positions, *, str rope="half") -> Tensor',
 )
 
 
@@ -29,6 +35,7 @@ def _check(
     positions: Tensor,
     attn_mask: Tensor | None,
     rope: str,
+    op: str = "attention_rope_cache",
 ) -> None:
     """Refuses what the kernels do not cover.
 
@@ -45,12 +52,12 @@ def _check(
                 f"{name} {t.dtype}{list(t.shape)}" for name, t in named.items() if t is not None
             )
             raise UnsupportedProblemError(
-                f"triton_only.attention_rope_cache({shapes}, rope={rope!r}): {what}; {remedy}"
+                f"triton_only.{op}({shapes}, rope={rope!r}): {what}; {remedy}"
             )
 
     states = (query, key, value, key_cache, value_cache)
     require(all(t.dim() == 4 for t in states), "four dimensions are needed", "reshape them")
-    batch, heads, _, dim = query.shape
+    batch, heads, len_q, dim = query.shape
     kv_heads, dim_v = key.shape[1], value.shape[3]
     require(
         query.dtype in DTYPES and all(t.dtype == query.dtype for t in states),
@@ -63,13 +70,13 @@ def _check(
         "write rotation, cache update and attention apart",
     )
     require(
-        query.shape[2] == 1 and key.shape[2] == 1 and value.shape[2] == 1,
+        op == "rope_cache" or (len_q == 1 and key.shape[2] == 1 and value.shape[2] == 1),
         "query, key and value must hold one position each",
-        "for more, write rotation, cache update and attention apart",
+        "for more, call triton_only.rope_cache and attention",
     )
     require(
-        key.shape == (batch, kv_heads, 1, dim) and value.shape == (batch, kv_heads, 1, dim_v),
-        "key must be (B, H_kv, 1, D) and value (B, H_kv, 1, D_v)",
+        key.shape == (batch, kv_heads, len_q, dim) and value.shape == (*key.shape[:3], dim_v),
+        "key must be (B, H_kv, L, D) and value (B, H_kv, L, D_v), with the query's L",
         "expand or reshape them",
     )
     require(
@@ -86,8 +93,11 @@ def _check(
     )
     require(
         positions.dtype in (torch.int64, torch.int32)
-        and (positions.shape in ((1,), (batch,), (1, 1), (batch, 1))),
-        "positions must be integers of shape (1,), (B,) or (B, 1)",
+        and (
+            positions.shape in ((1, len_q), (batch, len_q), (len_q,))
+            or (len_q == 1 and positions.shape == (batch,))
+        ),
+        "positions must be integers of shape (L,), (1, L) or (B, L), or of one position (B,)",
         "reshape or cast them",
     )
     require(rope in KINDS, f"unknown rope, must be one of {KINDS}", "choose one of them")
@@ -105,12 +115,12 @@ def _check(
                 and t.dtype != torch.float64
                 and 1 <= t.dim() <= 4
                 and t.shape[-1] == width
-                and all(size == 1 for size in t.shape[1:-1])
+                and all(size == 1 for size in t.shape[1:-2])
+                and (t.shape[-2] if t.dim() > 1 else 1) == len_q
                 and (t.dim() <= 2 or t.shape[0] in (1, batch))
-                and (t.dim() != 2 or t.shape[0] == 1)
                 for t in (cos, sin)
             ),
-            "cos and sin must be fp32, fp16 or bf16 of one width, (R,), (1, R) or (B or 1, 1, R)",
+            "cos and sin must be fp32, fp16 or bf16 of one width, (L, R) or (B or 1, L, R)",
             "reshape or cast them",
         )
         require(
@@ -134,6 +144,12 @@ def _check(
             f"the mask does not broadcast to {list(full)}",
             "reshape it",
         )
+
+
+def _empty_query(query: Tensor) -> Tensor:
+    """The shape of a query (B, H, L, D), laid out (B, L, H, D)."""
+    batch, heads, len_q, dim = query.shape
+    return query.new_empty((batch, len_q, heads, dim)).transpose(1, 2)
 
 
 def _empty_output(query: Tensor, value: Tensor) -> Tensor:
@@ -185,6 +201,53 @@ def _fake_attention_rope_cache(
     return _empty_output(query, value)
 
 
+def _rope_cache(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    positions: Tensor,
+    *,
+    rope: str = "half",
+) -> Tensor:
+    _check(
+        query, key, value, cos, sin, key_cache, value_cache, positions, None, rope, "rope_cache"
+    )  # fmt: skip
+    out = _empty_query(query)
+    batch, _, len_q, _ = query.shape
+    slots = (positions[:, None] if len_q == 1 and positions.dim() == 1 else positions).expand(
+        batch, len_q
+    )
+    rotation = load("rope_cache").rotation_of(rope, cos, sin, query)
+    with load("hardware").guard(query):
+        load("rope_cache").rope_cache(
+            query, key, value, rotation, key_cache, value_cache, slots, out
+        )
+    return out
+
+
+def _fake_rope_cache(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    positions: Tensor,
+    *,
+    rope: str = "half",
+) -> Tensor:
+    _check(
+        query, key, value, cos, sin, key_cache, value_cache, positions, None, rope, "rope_cache"
+    )  # fmt: skip
+    return _empty_query(query)
+
+
 IMPLEMENTATIONS = {
+    "rope_cache": (_rope_cache, _fake_rope_cache),
     "attention_rope_cache": (_attention_rope_cache, _fake_attention_rope_cache),
 }

@@ -220,13 +220,29 @@ def gated_gemm() -> None:
     from triton_only_backend.kernels.gated_gemm import gated_gemm
     from triton_only_backend.kernels.linear_configs import GatedConfig
 
-    for tma, swap in itertools.product((False, True) if HAS_TMA else (False,), (False, True)):
+    for tma, swap in ((False, False), (False, True), (True, True))[: 2 + HAS_TMA]:
         M, N, K = 37, 72, 136
         config = GatedConfig(tma, 64, 32, 64, 4, 4, 3, swap=swap)
         epilogue = Epilogue("silu", residual=randn(M, N))
         gated_gemm(
             randn(M, K), [randn(N, K), randn(N, K)], [randn(N), randn(N)], randn(M, N),
             config=config, epilogue=epilogue,
+        )  # fmt: skip
+
+
+@problem
+def pair_gemm() -> None:
+    from triton_only_backend.kernels.epilogue import Epilogue
+    from triton_only_backend.kernels.linear_configs import PairConfig
+    from triton_only_backend.kernels.pair_gemm import pair_gemm
+
+    M, K = 70, 136
+    for N, gated in itertools.product((72, 33), (True, False)) if HAS_TMA else ():
+        weights, outs = randn(3 * N, K), [randn(M, N), randn(M, N)][: 2 - gated]
+        pair_gemm(
+            randn(M, K), [weights[2 * N :], weights[:N]], [randn(N), randn(N)], outs,
+            config=PairConfig(64, 32, 64, 4, 4, 3), num_sms=2, gated=gated,
+            epilogue=Epilogue("silu", residual=randn(M, N) if gated else None),
         )  # fmt: skip
 
 
@@ -343,6 +359,9 @@ def rope_cache_apart() -> None:
         randn(2, 16, 1, dim), rope="half", is_causal=False, scale=None,
         config=DecodeConfig(32, 64, 4, 2, 16),
     )  # fmt: skip
+    q, k, v = (randn(2, n, 5, dim) for n in (11, 1, 1))
+    cos, sin = (randn(1, 5, 40, dtype=FULL) for _ in range(2))
+    ours.rope_cache(q, k, v, cos, sin, *caches, torch.arange(5, device=DEVICE))
 
 
 @problem

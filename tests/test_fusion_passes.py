@@ -516,6 +516,28 @@ def test_decoding_writes_the_cache_and_attends_in_one_op(model, dtype):
         assert torch.equal(mine[:, :, untouched].float(), other[:, :, untouched])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("batched", [False, True], ids=["shared angles", "angles a sequence"])
+@pytest.mark.parametrize("model", [halves_model, pairs_model])
+def test_a_prefill_rotates_and_writes_the_cache_in_one_op(model, batched, dtype):
+    args, reference = (decode_arguments(5, kind) for kind in (dtype, torch.float32))
+    if batched and model is halves_model:
+        args[3:5] = (torch.stack([t[0], t[0].flip(0)]) for t in args[3:5])
+        reference[3:5] = (t.float() for t in args[3:5])
+    for mine, other in zip(args, reference, strict=True):
+        other.copy_(mine)
+    fired, result = fired_passes(model, args)
+    assert fired["fuse_rope_cache"] == 1
+    with torch.no_grad():
+        expected = model(*reference)
+    tolerance = (
+        {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
+    )
+    torch.testing.assert_close(result.float(), expected, **tolerance)
+    for mine, other in zip(args[5:7], reference[5:7], strict=True):
+        torch.testing.assert_close(mine.float(), other, **tolerance)
+
+
 def test_a_negative_position_counts_from_the_end():
     def model(q, k, v, cos, sin, keys, values, position, mask):
         keys[:, :, position] = k
@@ -554,7 +576,7 @@ def test_decoding_left_alone():
         return op(q, keys, values, mask, enable_gqa=True, softcap=3.0)
 
     for model, args in (
-        (halves_model, decode_arguments(length=3)),
+        (plain_model, decode_arguments(length=3)),
         (capped, decode_arguments()),
         (reads_the_cache, decode_arguments()),
         (other_positions, decode_arguments()),
@@ -635,6 +657,27 @@ def other_rotations():
         return halves(q.bfloat16(), k.bfloat16(), cos[:, None], sin[:, None])
 
     return table_of_each_head, one_angle, one_pair, promoted
+
+
+def one_angle_for_all_tokens(q, k, cos, sin):
+    return rotate_half(q, cos[:, None, :1], sin[:, None, :1]), rotate_half(
+        k, cos[:, None, :1], sin[:, None, :1]
+    )
+
+
+@pytest.mark.parametrize(
+    "rotation", [*other_rotations(), one_angle_for_all_tokens], ids=lambda f: f.__name__
+)
+def test_a_prefill_with_other_rotations_is_left_alone(rotation):
+    def model(q, k, v, cos, sin, keys, values, position, mask):
+        return write_and_attend(*rotation(q, k, cos, sin), v, keys, values, position, mask)
+
+    args = decode_arguments(length=3)
+    reference = [a.clone() for a in args]
+    fired, result = fired_passes(model, args)
+    assert "fuse_rope_cache" not in fired
+    torch.testing.assert_close(result, model(*reference), rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(args, reference, rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("rotation", other_rotations(), ids=lambda f: f.__name__)

@@ -49,6 +49,7 @@ def samples(device):
             (data(2, 32), [data(16, 32), data(16, 32)], []),
             {"norm_weight": data(32), "norm_eps": 1e-5, "activation": "silu", "gated": True},
         ),
+        "mask_spans": ((data(2, 1, 20, 40).gt(0),), {}),
         "attention": ((leaf(*q), leaf(*k), leaf(*k)), grouped),
         "attention_forward": ((leaf(*q), leaf(*k), leaf(*k)), grouped),
         "attention_backward": (
@@ -60,6 +61,7 @@ def samples(device):
             (data(7, 4, 8), *packed, packed_output, packed_logsumexp), {},
         ),
         "attention_rope_cache": ((*new, *angles, *caches, position), {}),
+        "rope_cache": ((*new, *angles, *caches, position[:, None]), {}),
         "random_seeds": ((3,), {"device": torch.device(device)}),
     }  # fmt: skip
 

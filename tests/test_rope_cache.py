@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -265,6 +272,122 @@ def test_opcheck(rope):
     arguments = (q, k, v, cos, sin, k_cache, v_cache, positions, mask)
     result = torch.library.opcheck(op.default, arguments, {"rope": rope, "scale": 0.3})
     assert set(result.values()) == {"SUCCESS"}, result
+
+
+prefill = torch.ops.triton_only.rope_cache
+
+COMPILE = """
+import json, sys
+import torch
+sys.path.insert(0, sys.argv[1])
+import cross_compile
+compiled = cross_compile.compile_for(sys.argv[2])
+from triton_only_backend.kernels import hardware, rope_cache
+hardware.of = lambda device: cross_compile.TARGETS[sys.argv[2]][2]
+for dtype, heads, kv_heads, dim, dim_v, rope in json.loads(sys.argv[3]):
+    def empty(*shape):
+        return torch.empty(*shape, dtype=getattr(torch, dtype), device="meta")
+    q, k, v = (
+        empty(2, 7, n, d).transpose(1, 2)
+        for n, d in ((heads, dim), (kv_heads, dim), (kv_heads, dim_v))
+    )
+    tables = [None if rope == "none" else empty(1, 7, dim // 2 * (1 + (rope == "half")))] * 2
+    rope_cache.rope_cache(
+        q, k, v, rope_cache.rotation_of(rope, *tables, q), empty(2, kv_heads, 96, dim),
+        empty(2, kv_heads, 96, dim_v), torch.empty(1, 7, dtype=torch.int64, device="meta"),
+        torch.empty_like(q),
+    )
+    kernel = compiled[-1]
+    wide = max(kernel.asm.get("ptx", "").count(f"ld.global.{kind}") for kind in ("v4.b32", "v2.b64"))
+    print(json.dumps([kernel.spilled, wide]))
+"""
+
+
+@pytest.mark.parametrize(
+    "target",
+    ["sm90", "gfx942"]
+    + [
+        pytest.param(t, marks=pytest.mark.exhaustive)
+        for t in ("sm80", "sm89", "sm100", "sm120", "gfx950")
+    ],
+)
+def test_the_kernel_compiles(target):
+    """Also where keys and values are of unlike widths, which the interpreter does not mind."""
+    cases = [
+        ["bfloat16", 32, 8, 128, 128, "half"],
+        ["bfloat16", 32, 8, 128, 128, "interleaved"],
+        ["float16", 4, 2, 80, 40, "half"],
+        ["float32", 20, 1, 64, 256, "interleaved"],
+        ["float32", 3, 3, 16, 24, "none"],
+    ]
+    run = subprocess.run(
+        [sys.executable, "-c", COMPILE, str(Path(__file__).parent), target, json.dumps(cases)],
+        env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-2000:]
+    rows = [json.loads(line) for line in run.stdout.splitlines()]
+    assert len(rows) == len(cases)
+    assert all(spilled == 0 for spilled, _ in rows)
+    if target.startswith("sm"):
+        assert rows[0][1] >= 2  # 16 bytes a load
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+@pytest.mark.parametrize("rope", ["half", "interleaved", "none"])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim", "width"), [(4, 2, 64, 64), (21, 3, 80, 32), (9, 9, 16, 16)]
+)
+def test_many_positions(heads, kv_heads, dim, width, rope, dtype):
+    """Strided queries, positions of each sequence, some past the cache, some from its end."""
+    q, _, _, k_cache, v_cache = inputs(2, heads, kv_heads, 29, dim, dim + 8, dtype=dtype)
+    merged = inputs(2, heads + kv_heads, kv_heads, 1, dim, dtype=dtype, seed=5)[0].expand(
+        -1, -1, 7, -1
+    )
+    merged = (merged * torch.arange(1, 8, device=q.device)[:, None]).to(dtype)
+    merged = merged.transpose(1, 2).contiguous().transpose(1, 2)
+    q, k = merged[:, :heads], merged[:, heads:]
+    v = torch.randn(7, 2, kv_heads, dim + 8, device=q.device).to(dtype).permute(1, 2, 0, 3)
+    cos = sin = None
+    if rope != "none":
+        cos, sin = angles((2, 7, width if rope == "half" else width // 2), q.device, dtype)
+    positions = torch.tensor([[5, 0, 28, -1 - 4, 40, -30, 6], [1, 2, 3, 4, 5, 6, 7]])
+    expected_k, expected_v = k_cache.clone(), v_cache.clone()
+    rotated = [rotate(t, cos, sin, rope) for t in (q, k)]
+    for b, at in itertools.product(range(2), range(7)):
+        slot = int(positions[b, at])
+        if -29 <= slot < 29:
+            expected_k[b, :, slot] = rotated[1][b, :, at]
+            expected_v[b, :, slot] = v[b, :, at]
+    out = prefill(q, k, v, cos, sin, k_cache, v_cache, positions.to(q.device), rope=rope)
+    unit = torch.finfo(dtype).eps
+    near = {"rtol": unit, "atol": 8 * unit}  # of sums of products up to 20
+    torch.testing.assert_close(out, rotated[0], **near)
+    torch.testing.assert_close(k_cache, expected_k, **near)
+    assert torch.equal(v_cache, expected_v)
+    assert out.transpose(1, 2).is_contiguous()
+
+
+@pytest.mark.parametrize("sizes", [(0, 4, 2, 3), (2, 4, 2, 0)], ids=["B=0", "L=0"])
+def test_no_positions(sizes):
+    batch, heads, kv_heads, length = sizes
+    q, k, v, k_cache, v_cache = inputs(batch, heads, kv_heads, 9, 16)
+    q, k, v = (t.expand(-1, -1, length, -1) if length else t[:, :, :0] for t in (q, k, v))
+    before = k_cache.clone()
+    positions = torch.zeros(length, dtype=torch.int64, device=q.device)
+    out = prefill(q, k, v, None, None, k_cache, v_cache, positions, rope="none")
+    assert out.shape == q.shape
+    assert torch.equal(k_cache, before)
+
+
+def test_several_positions_of_unlike_length_are_refused():
+    q, k, v, k_cache, v_cache = inputs(2, 4, 2, 9, 16)
+    positions = torch.zeros(1, dtype=torch.int64, device=q.device)
+    with pytest.raises(UnsupportedProblemError, match=r"triton_only\.rope_cache\(.*query's L"):
+        many = k.expand(-1, -1, 3, -1)
+        prefill(q, many, v, None, None, k_cache, v_cache, positions, rope="none")
+    with pytest.raises(UnsupportedProblemError, match=r"rope_cache\(.*shape \(L,\)"):
+        prefill(q, k, v, None, None, k_cache, v_cache, positions.expand(3), rope="none")
 
 
 def bad_calls():
