@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import io
 import json
+import re
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from rich.console import Console
 
-from triton_only_backend import cli, environment, timing
+from triton_only_backend import cli, cli_bench, environment, inductor, timing
 from triton_only_backend.audit.kernel_report import KernelEvent, KernelReport, KernelRow
 from triton_only_backend.audit.policy import Provider
 from triton_only_backend.bench import (
@@ -22,6 +24,7 @@ from triton_only_backend.bench import (
     generation,
     models,
     plots,
+    providers,
     record,
 )
 from triton_only_backend.passes import pipeline
@@ -174,13 +177,13 @@ def test_batched_products_are_of_attention_and_experts() -> None:
 @pytest.mark.parametrize("op", ["mm", "bmm", "baddbmm"])
 @pytest.mark.parametrize("k_contiguous", [True, False])
 def test_bench_gemm_with_played_times(
-    op: str, k_contiguous: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    op: str, k_contiguous: bool, device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The whole command but for the clock: what is called, checked, written and drawn."""
     batch, M = (1, None) if op == "mm" else (3, 5)
     product = gemm.Product("small", 24, 40, op, batch, M)
     monkeypatch.setitem(gemm.SHAPES, "small", (product,))
-    monkeypatch.setattr(gemm, "require_gpu", lambda: torch.device("cpu"))
+    monkeypatch.setattr(gemm, "require_gpu", lambda: torch.device(device))
     monkeypatch.setattr(gemm, "ceilings", lambda dtype: timing.Ceilings(1e12, 1e12, "played"))
     monkeypatch.setattr(gemm, "copies_for", lambda size: 2)
     times = iter([2.0, 3.0, 4.0] * 2)
@@ -191,7 +194,7 @@ def test_bench_gemm_with_played_times(
         return next(times)
 
     monkeypatch.setattr(gemm, "measure", played)
-    # Inductor has no Triton template for the CPU.
+    # Inductor has no Triton template for the CPU, and on a GPU they take long to compile.
     monkeypatch.setattr(gemm.torch, "compile", lambda function, **_: function)
     plan = gemm.Plan("small", "fp32", (4, 16), gemm.PROVIDERS, k_contiguous)
     path, plot = tmp_path / "gemm.json", tmp_path / "gemm.svg"
@@ -208,9 +211,9 @@ def test_bench_gemm_with_played_times(
     assert "24 × 40" in plot.read_text() or "<svg" in plot.read_text()
 
 
-def test_bench_gemm_notices_wrong_products(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bench_gemm_notices_wrong_products(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     product = gemm.Product("small", 24, 40)
-    a, weights = torch.randn(4, 40), [torch.randn(24, 40)]
+    a, weights = torch.randn(4, 40, device=device), [torch.randn(24, 40, device=device)]
     limits = timing.Ceilings(1e12, 1e12, "played")
     monkeypatch.setattr(gemm, "measure", lambda fns, reps: 1.0)
     functions = gemm.calls("mm", (gemm.OURS, gemm.CUBLAS))
@@ -238,6 +241,26 @@ def test_comparison_with_other_providers() -> None:
         "decode speedup over eager": 5.0,
         "logits error over that of eager": 0.5,
     }
+
+
+def test_providers_that_take_minutes_to_compile_are_left_to_be_asked_for() -> None:
+    options = inspect.signature(cli_bench.bench_model).parameters["providers"]
+    default = options.default.split(",")
+    assert set(default) <= set(providers.PROVIDERS)
+    assert set(providers.PROVIDERS) - set(default) == {"max-autotune", "inductor-triton"}
+    assert all(re.search(rf"\b{name}\b", str(options.annotation)) for name in providers.PROVIDERS)
+
+
+def test_max_autotune_is_what_it_says() -> None:
+    """Inductor's own mode: cuBLAS and Triton templates compete, and CUDA graphs are on."""
+    from torch._inductor import config
+
+    provider = providers.PROVIDERS["max-autotune"]
+    assert provider.options is None and not provider.is_ours
+    options = inductor.mode_options()[provider.mode]
+    assert options["max_autotune"] and options["triton.cudagraphs"]
+    backends = options.get("max_autotune_gemm_backends", config.max_autotune_gemm_backends)
+    assert {"ATEN", "TRITON"} <= set(backends.split(","))
 
 
 # Records
@@ -367,22 +390,39 @@ def test_charts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
     rows = [
         {"provider": name, "ms_per_token": ms, "prefill_ms": 10 * ms}
-        for name, ms in (("eager", 4.0), ("triton_only", 1.0))
+        for name, ms in (("eager", 4.13), ("triton_only", 1.07))
     ]
     plan = {"model": "llama-tiny", "dtype": "bf16", "batch": 2, "prompt": 4}
-    record = tmp_path / "record.json"
-    record.write_text(json.dumps({"summary": {"plan": plan}, "rows": rows}))
+    record, other = tmp_path / "record.json", tmp_path / "other.json"
+    found = {"environment": {"gpu": "H200"}, "summary": {"plan": plan}, "rows": rows}
+    record.write_text(json.dumps(found))
+    other.write_text(json.dumps({**found, "rows": rows[1:]}))  # one of the providers only
     picture = tmp_path / "pictures" / "models.svg"
-    with pytest.raises(SystemExit) as stopped:
-        cli.main(["bench", "chart", str(record), str(record), "--out", str(picture)])
-    assert not stopped.value.code, capsys.readouterr().err
-    assert picture.read_text().count("triton_only") >= 1
 
+    def chart(*records: Path, out: Path = picture) -> str:
+        with pytest.raises(SystemExit) as stopped:
+            cli.main(["bench", "chart", *map(str, records), "--out", str(out)])
+        assert stopped.value.code in (None, 0, 2)
+        error = capsys.readouterr().err
+        assert (stopped.value.code == 2) == bool(error), error
+        return error
+
+    assert chart(record, other) == ""
+    drawn = re.findall("<!-- (.*?) -->", picture.read_text())  # texts are drawn as outlines
+    assert "One token and one prefill, by provider, on H200" in drawn
+    assert [text.split(":")[0] for text in drawn if ":" in text] == ["eager", "triton_only"]
+    assert all(drawn.count(name) == 2 for name in ("record", "other"))  # told apart, twice
+    assert [drawn.count(height) for height in ("4.13", "1.07", "41.3", "10.7")] == [1, 2, 1, 2]
+    assert chart(record) == ""
+    assert "record" not in re.findall("<!-- (.*?) -->", picture.read_text())
+
+    assert "suffix is none of" in chart(record, out=tmp_path / "models.xyz")
+    record.write_text(json.dumps({**found, "rows": []}))
+    assert "record.json holds no measurement" in chart(record)
+    record.write_text(json.dumps({**found, "rows": [{"passes": "all", "ms_per_token": 1.0}]}))
+    assert "record.json is no record of bench model (KeyError('provider'))" in chart(record)
     record.write_text("[]")
-    with pytest.raises(SystemExit) as stopped:
-        cli.main(["bench", "chart", str(record), "--out", str(picture)])
-    assert stopped.value.code == 2
-    assert "record.json is no record of bench model" in capsys.readouterr().err
+    assert "record.json is no record of bench model" in chart(record)
 
     steps = [{"passes": "all", "breakdown_decode": dict.fromkeys(breakdown.PARTS, 2.0)}]
     plots.plot_steps(steps, tmp_path / "steps.svg", "a step")

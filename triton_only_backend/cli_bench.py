@@ -93,7 +93,10 @@ def bench_model(
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate.")] = 256,
     providers: Annotated[
         str,
-        typer.Option(help="Any of eager, compile, reduce-overhead, inductor-triton, triton_only."),
+        typer.Option(
+            help="Any of eager, compile, reduce-overhead, triton_only and, minutes to compile, "
+            "max-autotune, inductor-triton."
+        ),
     ] = "eager,compile,reduce-overhead,triton_only",
     logits_error: Annotated[
         bool, typer.Option(help="Compare logits with those of the same weights in fp32.")
@@ -155,16 +158,28 @@ def bench_chart(
     """Draws the records of several models beside one another."""
     from triton_only_backend.bench import plots
 
-    found = []
+    plots.require_drawable(out)
+    found: list[tuple[str, list[dict[str, Any]]]] = []
+    gpus = set()
     for path in records:
         try:
             record = json.loads(path.read_text())
             plan, rows = record["summary"]["plan"], record["rows"]
             name = f"{plan['model']}\n{plan['dtype']}, batch {plan['batch']}, {plan['prompt']} in"
+            keys = ("provider", *plots.PROVIDER_TIMES)
+            found.append((name, [{key: row[key] for key in keys} for row in rows]))
+            gpus.add(record["environment"]["gpu"] or "CPU")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UsageError(f"{path} is no record of bench model ({error!r})") from error
-        found.append((name, rows))
-    plots.plot_providers(found, out, "One token and one prefill, by provider")
+        if not rows:
+            raise UsageError(f"{path} holds no measurement")
+    names = [name for name, _ in found]
+    told_apart = [
+        (f"{name}\n{path.stem}" if names.count(name) > 1 else name, rows)
+        for path, (name, rows) in zip(records, found, strict=True)
+    ]
+    title = f"One token and one prefill, by provider, on {', '.join(sorted(gpus))}"
+    plots.plot_providers(told_apart, out, title)
 
 
 def _choice(option: str, value: str, choices: Any) -> str:

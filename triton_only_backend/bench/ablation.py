@@ -10,7 +10,7 @@ import torch
 
 from triton_only_backend import environment
 from triton_only_backend.bench import generation, models
-from triton_only_backend.bench.plots import plot_steps, require_matplotlib
+from triton_only_backend.bench.plots import plot_steps, require_drawable
 from triton_only_backend.bench.providers import PROVIDERS, own_options
 from triton_only_backend.bench.record import Record, markdown_table
 
@@ -59,7 +59,7 @@ def run(
         BenchmarkError: the plan cannot be carried out here.
     """
     if plot is not None:
-        require_matplotlib()
+        require_drawable(plot)
     device = generation.device_for(plan)
     shape = replace(models.MODELS[plan.model], layers=layers)
     dtype = models.DTYPES[plan.dtype]

@@ -393,7 +393,7 @@ def run(
     """
     require_gpu()
     if plot is not None:
-        plots.require_matplotlib()
+        plots.require_drawable(plot)
     dtype = DTYPES[plan.dtype]
     limits = ceilings(dtype)
     record = Record(environment.collect(), command)

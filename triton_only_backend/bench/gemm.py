@@ -246,7 +246,7 @@ def run(
     if plot_path is not None:
         from triton_only_backend.bench import plots
 
-        plots.require_matplotlib()
+        plots.require_drawable(plot_path)
     limits = ceilings(dtype)
     record = Record(environment.collect(), command)
     torch.manual_seed(0)

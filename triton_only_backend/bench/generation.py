@@ -64,13 +64,15 @@ def measure_provider(
     Args:
         reference: see `compared_logits`; None to leave the comparison out.
     """
-    on_gpu = models.device_of(model).type != "cpu"
+    device = models.device_of(model)
+    on_gpu = device.type != "cpu"
     providers.reset()
     gc.collect()
     if on_gpu:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    trial = Trial(model, provider, plan)
+    with exclusive(device):
+        trial = Trial(model, provider, plan)
     row: dict[str, Any] = {"provider": provider.name}
 
     begin = time.perf_counter()
@@ -78,9 +80,9 @@ def measure_provider(
         synchronize(trial.device)
     first_seconds = time.perf_counter() - begin
     row["compile_seconds"] = first_seconds if provider.is_compiled else None
-    for _ in range(plan.warmup):
-        trial.prefill()
-    with exclusive(trial.device):
+    with exclusive(device):
+        for _ in range(plan.warmup):
+            trial.prefill()
         row.update(_measure(trial, provider, reference))
     row.update(providers.compilation_counts() if provider.is_compiled else {})
     if on_gpu:
@@ -244,7 +246,10 @@ def run(plan: Plan, console: Console, json_path: Path | None, command: str) -> i
     reference = None
     if plan.logits_error:
         tokens = make_tokens(plan, device)
-        reference = models.reference_logits(model, tokens, COMPARED_STEPS + 1)
+        with exclusive(device):  # of the fp32 copies, twice the model's size, one at a time
+            reference = models.reference_logits(model, tokens, COMPARED_STEPS + 1)
+            if device.type != "cpu":
+                torch.cuda.empty_cache()
         log("fp32 reference done")
     for name in plan.providers:
         row = measure_provider(providers.PROVIDERS[name], model, plan, reference)

@@ -5,28 +5,39 @@ from __future__ import annotations
 import importlib.util
 from typing import TYPE_CHECKING, Any
 
+from triton_only_backend.bench.providers import PROVIDERS
 from triton_only_backend.timing import BenchmarkError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+# What is drawn of a row of `bench model`, and how it is called.
+PROVIDER_TIMES = {"ms_per_token": "ms a token", "prefill_ms": "prefill, ms"}
 
-def require_matplotlib() -> None:
+
+def require_drawable(path: Path) -> None:
     """Says before anything is measured that it could not be drawn.
 
     Raises:
-        BenchmarkError: matplotlib is not installed.
+        BenchmarkError: matplotlib is not installed, or does not write files with this suffix.
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise BenchmarkError(
             "triton_only: a plot needs matplotlib: pip install 'triton-only-backend[bench]'"
         )
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    known = sorted(FigureCanvasBase.get_supported_filetypes())
+    if path.suffix.lstrip(".").lower() not in known:
+        raise BenchmarkError(
+            f"triton_only: {path} cannot be drawn: its suffix is none of {', '.join(known)}"
+        )
 
 
 def plot_ratios(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
     """Draws `speedup` over `M`, one line for each (op, batch, N, K), to a file by its suffix."""
-    require_matplotlib()
+    require_drawable(path)
     from matplotlib.figure import Figure
 
     lines: dict[tuple[Any, ...], list[tuple[int, float]]] = {}
@@ -58,7 +69,7 @@ def plot_attention(
 
     Prefill and training in TFLOP/s; decoding in TB/s, a panel for each batch size.
     """
-    require_matplotlib()
+    require_drawable(path)
     from matplotlib.figure import Figure
 
     panels: dict[tuple[str, int], list[dict[str, Any]]] = {}
@@ -95,7 +106,7 @@ def plot_attention(
 
 def plot_steps(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
     """Draws where the microseconds of a step go, a stacked bar for each of `rows`."""
-    require_matplotlib()
+    require_drawable(path)
     from matplotlib.figure import Figure
 
     from triton_only_backend.bench.breakdown import PARTS
@@ -126,32 +137,40 @@ def plot_providers(
     """Draws the time of a token and of a prefill for each provider, a group for each model.
 
     Args:
-        records: names of models and their rows.
+        records: names of models and their rows, of which none is empty.
     """
-    require_matplotlib()
+    require_drawable(path)
     from matplotlib.figure import Figure
 
-    providers = list(dict.fromkeys(row["provider"] for _, rows in records for row in rows))
-    figure = Figure(figsize=(5.2 * max(1, len(records) * 0.6) + 3, 7.5), layout="constrained")
-    panels = (("ms_per_token", "ms a token"), ("prefill_ms", "prefill, ms"))
-    for place, (key, unit) in enumerate(panels, start=1):
-        axes = figure.add_subplot(len(panels), 1, place)
-        width = 0.8 / len(providers)
-        for number, provider in enumerate(providers):
-            bars = [
-                (group + (number - (len(providers) - 1) / 2) * width, row[key])
-                for group, (_, rows) in enumerate(records)
-                for row in rows
-                if row["provider"] == provider
-            ]
-            places, heights = zip(*bars, strict=True)
-            drawn = axes.bar(places, heights, width=width, label=provider)
-            axes.bar_label(drawn, fmt="%.3g", fontsize="x-small")
+    found = {row["provider"] for _, rows in records for row in rows}
+    order = [*PROVIDERS, *sorted(found - PROVIDERS.keys())]
+    figure = Figure(figsize=(3 + 3 * len(records), 7.5), layout="constrained")
+    panels = figure.subplots(len(PROVIDER_TIMES))
+    width = 0.8 / max(len(rows) for _, rows in records)
+    for axes, (key, unit) in zip(panels, PROVIDER_TIMES.items(), strict=True):
+        bars: dict[str, list[tuple[float, float]]] = {provider: [] for provider in order}
+        for group, (_, rows) in enumerate(records):
+            ordered = sorted(rows, key=lambda row: order.index(row["provider"]))
+            for i, row in enumerate(ordered):
+                place = group + (i - (len(rows) - 1) / 2) * width
+                bars[row["provider"]].append((place, row[key]))
+        for i, (provider, drawn) in enumerate(bars.items()):
+            if drawn:
+                about = f": {PROVIDERS[provider].about}" if provider in PROVIDERS else ""
+                places, times = zip(*drawn, strict=True)
+                container = axes.bar(
+                    places, times, width=width, color=f"C{i}", label=f"{provider}{about}"
+                )
+                axes.bar_label(container, fmt="%.3g", fontsize="x-small")
         axes.set_xticks(range(len(records)), [name for name, _ in records], fontsize="small")
+        axes.set_xlim(-0.5, len(records) - 0.5)
+        axes.set_axisbelow(True)
+        axes.margins(y=0.1)
         axes.set_ylabel(unit)
         axes.grid(axis="y", alpha=0.3)
-        if place == 1:
-            axes.set_title(title)
-            axes.legend(fontsize="small", ncols=len(providers))
+    figure.suptitle(title, fontsize="medium")
+    handles, labels = panels[0].get_legend_handles_labels()
+    columns = max(1, len(records) // 2)
+    figure.legend(handles, labels, fontsize="small", ncols=columns, loc="outside lower center")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)

@@ -34,7 +34,7 @@ class Provider:
 
     Attributes:
         name: as the command line has it.
-        about: what it is, for the report.
+        about: what it is, for the legend of a chart.
         is_ours: whether it is this backend.
         mode: Inductor's mode, or None for an uncompiled function.
         options: Inductor's options in place of a mode.
@@ -77,15 +77,29 @@ class Provider:
 PROVIDERS = {
     provider.name: provider
     for provider in (
-        Provider("eager", "PyTorch, not compiled"),
-        Provider("compile", "torch.compile, Inductor's defaults", mode="default"),
-        Provider("reduce-overhead", "the same with CUDA graphs", mode="reduce-overhead"),
+        Provider("eager", "PyTorch on the vendor's libraries, not compiled"),
+        Provider("compile", "torch.compile on the vendor's libraries", mode="default"),
+        Provider(
+            "reduce-overhead",
+            "torch.compile on the vendor's libraries, CUDA graphs",
+            mode="reduce-overhead",
+        ),
+        Provider(
+            "max-autotune",
+            "torch.compile, products by the faster of cuBLAS and its templates, CUDA graphs",
+            mode="max-autotune",
+        ),
         Provider(
             "inductor-triton",
-            "Inductor, products by its own Triton templates, CUDA graphs",
+            "torch.compile, products by its Triton templates, CUDA graphs",
             options=_inductor_triton_options,
         ),
-        Provider("triton_only", "this backend, CUDA graphs", is_ours=True, mode="reduce-overhead"),
+        Provider(
+            "triton_only",
+            "this backend, CUDA graphs",
+            is_ours=True,
+            mode="reduce-overhead",
+        ),
     )
 }
 
