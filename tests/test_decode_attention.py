@@ -236,6 +236,7 @@ def test_counters_are_left_at_zero(launches):
         assert not launches["counters"].any()
 
 
+@pytest.mark.cpu  # a race on a GPU: the part that is read too early may be there by then
 def test_counters_that_were_not_zero_show(monkeypatch):
     # So that the test above means something: the last split is who finds all others counted.
     from triton_only_backend.kernels import decode_attention as module

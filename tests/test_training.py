@@ -129,7 +129,11 @@ def test_padding_masks_in_the_encoders_fast_path(device):
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_dropout_follows_manual_seed(mode, device):
-    """Its seed is drawn by a Triton kernel, also where a CUDA graph is replayed."""
+    """Its seed is drawn by a Triton kernel, also where a CUDA graph is replayed.
+
+    With gradients only without CUDA graphs: under them torch 2.11 says of this loop, with Inductor
+    as with us, that an output of the forward "has been overwritten by a subsequent run".
+    """
     model = Block(dropout=0.5).to(device)
     x = torch.randn(2, 6, 16, device=device)
     compiled = torch.compile(model, backend="triton_only", mode=mode)
@@ -137,9 +141,11 @@ def test_dropout_follows_manual_seed(mode, device):
     for step, seed in enumerate((0, None, 0, None, 0, 1, None)):
         if seed is not None:
             torch.manual_seed(seed)
-        y = compiled(x)
+        with torch.set_grad_enabled(mode == "default"):
+            y = compiled(x)
         outputs[step] = y.detach().clone()
-        y.sum().backward()
+        if mode == "default":
+            y.sum().backward()
     same = [{0, 2, 4}, {1, 3}, {5}, {6}]
     for group in same:
         for step, output in outputs.items():

@@ -558,6 +558,7 @@ def make_two() -> Any:
     return Two(), (torch.randn(5, 64),)
 
 
+@pytest.mark.cpu
 def test_the_problems_of_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = tmp_path / "two_layers.py"
     module.write_text(
@@ -572,6 +573,7 @@ def test_the_problems_of_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert set(found) < set(with_backward)
 
 
+@pytest.mark.cpu
 def test_the_problems_of_a_saved_graph(tmp_path: Path) -> None:
     model, args = make_two()
     path = tmp_path / "two.pt2"
