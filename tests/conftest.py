@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import os
+
+# Before torch reads it. Inductor would start as many compiling processes as there are cores for
+# each of as many test processes, and they wait for one another.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
 import pytest
 import torch
 

@@ -94,8 +94,8 @@ def bench_model(
     providers: Annotated[
         str,
         typer.Option(
-            help="Any of eager, compile, reduce-overhead, triton_only and, minutes to compile, "
-            "max-autotune, inductor-triton."
+            help="Any of eager, triton-eager (our kernels, not compiled), compile, "
+            "reduce-overhead, triton_only and, minutes to compile, max-autotune, inductor-triton."
         ),
     ] = "eager,compile,reduce-overhead,triton_only",
     logits_error: Annotated[

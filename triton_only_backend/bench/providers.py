@@ -28,6 +28,16 @@ def _inductor_triton_options() -> dict[str, Any]:
     return {**inductor.mode_options()["max-autotune"], "max_autotune_gemm_backends": "TRITON"}
 
 
+def _uncompiled(fn: Callable[..., Any]) -> Callable[..., Any]:
+    from triton_only_backend.eager_mode import eager
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with eager():
+            return fn(*args, **kwargs)
+
+    return call
+
+
 @dataclass(frozen=True)
 class Provider:
     """One way to run a function.
@@ -49,12 +59,12 @@ class Provider:
     @property
     def is_compiled(self) -> bool:
         """Whether it compiles at all."""
-        return self.is_ours or self.mode is not None or self.options is not None
+        return self.mode is not None or self.options is not None
 
     def prepare(self, fn: Callable[..., Any], *, on_gpu: bool) -> Callable[..., Any]:
         """`fn`, compiled as this provider does it; the interpreter has no use for CUDA graphs."""
         if not self.is_compiled:
-            return fn
+            return _uncompiled(fn) if self.is_ours else fn
         backend: Any = "inductor"
         options: Mapping[str, Any] | None = self.options() if self.options else None
         if self.is_ours:
@@ -78,6 +88,7 @@ PROVIDERS = {
     provider.name: provider
     for provider in (
         Provider("eager", "PyTorch on the vendor's libraries, not compiled"),
+        Provider("triton-eager", "PyTorch on this backend's kernels, not compiled", is_ours=True),
         Provider("compile", "torch.compile on the vendor's libraries", mode="default"),
         Provider(
             "reduce-overhead",
