@@ -12,7 +12,8 @@
     triton_only::mask_spans(mask)                 where a mask hides nothing, and where all
     triton_only::attention_varlen(q, k, v, …)     attention of sequences packed one after the other
     triton_only::random_seeds(count)              seeds for random numbers, by PyTorch's generator
-    triton_only::attention_rope_cache(…)          rotary embedding, cache write and attention
+    triton_only::rope_cache(…)                    rotary embedding and cache write
+    triton_only::attention_rope_cache(…)          the same and attention, of one position
 
 Registered with `Library.define` and `impl`, about 7 µs a call where `torch.library.custom_op` costs
 25. Tagged `flexible_layout`: every kernel takes any strides, so Inductor need not copy an operand
