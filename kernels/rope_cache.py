@@ -192,7 +192,10 @@ def rotation_of(
         return Rotation("none", 0, query[:, 0], query[:, 0])
     batch, _, length, _ = query.shape
     width = cos.shape[-1]
-    tables = (t.reshape(-1, length, width).expand(batch, length, width) for t in (cos, sin))
+    tables = (
+        t.reshape(t.shape[0] if t.dim() > 2 else 1, length, width).expand(batch, length, width)
+        for t in (cos, sin)
+    )
     return Rotation(rope, width if rope == "half" else 2 * width, *tables)
 
 

@@ -93,8 +93,10 @@ def _check(
     )
     require(
         positions.dtype in (torch.int64, torch.int32)
+        and positions.dim() in (1, 2)
         and (
-            positions.shape in ((1, len_q), (batch, len_q), (len_q,))
+            # Not tuples of unlike lengths: Python compares their first sizes, which adds a guard.
+            (positions.shape[-1] == len_q and all(n in (1, batch) for n in positions.shape[:-1]))
             or (len_q == 1 and positions.shape == (batch,))
         ),
         "positions must be integers of shape (L,), (1, L) or (B, L), or of one position (B,)",

@@ -34,6 +34,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from triton_only_backend.kernels.limits import DTYPES
 from triton_only_backend.passes.graph_edit import VIEWS, arguments, insert, same_sizes, value
 from triton_only_backend.passes.refusal import decline
 from triton_only_backend.passes.template import Template
@@ -58,7 +59,7 @@ def _halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _pairs(x: Tensor, table: Tensor) -> Tensor:
-    pairs = x.float().reshape(*x.shape[:-1], -1, 2)
+    pairs = x.float().reshape(*x.shape[:-1], x.shape[-1] // 2, 2)
     rotated = torch.stack(
         [
             pairs[..., 0] * table[..., 0] - pairs[..., 1] * table[..., 1],
@@ -117,8 +118,9 @@ def as_rotated(node: Node) -> Rotated:
 
 def _halves_tables(node: Node, spread: list[int]) -> tuple[Node, str, tuple[Node, ...]] | None:
     x = value(node)
-    table = torch.empty((*[1] * (x.dim() - 1), x.shape[-1]), dtype=x.dtype, device="meta")
-    found = HALVES.match(node, [x, table, table])
+    # Of one token, as the other sizes are nowhere in the graph: they may be symbolic.
+    like = torch.empty((*[1] * (x.dim() - 1), x.shape[-1]), dtype=x.dtype, device="meta")
+    found = HALVES.match(node, [like, like, like])
     if found is None:
         return None
     tables = (found["cos"], found["sin"])
@@ -129,13 +131,14 @@ def _halves_tables(node: Node, spread: list[int]) -> tuple[Node, str, tuple[Node
 def _fit(node: Node, x: Node, table: Node, spread: list[int], tail: tuple[int, ...]) -> bool:
     """Whether a rotation changes neither shape nor dtype, and a table has a row for each token."""
     before, after, shape = value(x), value(node), value(table).shape
-    lead = shape[: len(shape) - len(tail)]
-    alike = lead if len(lead) < after.dim() - 1 else lead[1:]
+    # A table of fewer dimensions is broadcast over those that it lacks.
+    rows = [1, 1, *shape[: -len(tail)]][-2:]
     return (
         same_sizes(before.shape, after.shape)
         and before.dtype == after.dtype
-        and same_sizes(shape[len(lead) :], tail)
-        and same_sizes(alike, spread[len(spread) - len(alike) :])
+        and value(table).dtype in DTYPES
+        and same_sizes(shape[-len(tail) :], tail)
+        and same_sizes(rows, spread)
     )
 
 
@@ -198,6 +201,11 @@ def _obstacle(
         return "one cache for both, or different positions"
     if tokens == 1 and given["is_causal"]:
         return "is_causal"
+    if not same_sizes(value(keys.cache).shape[:3], value(values.cache).shape[:3]):
+        return "caches of keys and values are of unlike batch, heads or length"
+    heads, kv_heads = query.shape[1], value(keys.cache).shape[1]
+    if not isinstance(heads, int) or not isinstance(kv_heads, int) or heads % max(kv_heads, 1):
+        return f"{heads} heads of queries do not share {kv_heads} of keys"
     batches = {str(value(n).shape[0]) for n in (given["query"], keys.heads, keys.cache)}
     dtypes = {value(n).dtype for n in (given["query"], keys.cache, values.cache, keys.heads)}
     if len(batches) > 1 or len(dtypes) > 1:
@@ -289,9 +297,12 @@ def _tables(rotated: Rotated, tokens: int, before: Node) -> tuple[Node | None, N
         halves = list(rotated.tables)
     shaped = []
     for half in halves:
-        shape = value(half).shape
-        target = [shape[0] if len(shape) == 4 else 1, tokens, shape[-1]]
-        shaped.append(insert(before, aten.reshape.default, (half, target)))
+        if value(half).dim() == 4:
+            of_one_head = (half, 2 if rotated.order else 1, 0)
+            shaped.append(insert(before, aten.select.int, of_one_head))
+        else:
+            target = [1, tokens, value(half).shape[-1]]
+            shaped.append(insert(before, aten.reshape.default, (half, target)))
     return shaped[0], shaped[1]
 
 

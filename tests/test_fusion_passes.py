@@ -693,6 +693,134 @@ def test_other_rotations_stay_before_the_fused_op(rotation):
     torch.testing.assert_close(args, reference, rtol=1e-2, atol=1e-2)
 
 
+def rotated_and_written(rotate, tables):
+    """A step or a prefill whose queries and keys are rotated so, by tables that both share."""
+
+    def model(q, k, v, cos, sin, keys, values, position, mask):
+        given = tables(cos, sin)
+        q, k = (rotate(x, *given) for x in (q, k))
+        return write_and_attend(q, k, v, keys, values, position, mask)
+
+    return model
+
+
+def rotate_half_tokens_first(x, cos, sin):
+    return rotate_half(x.transpose(1, 2), cos, sin).transpose(1, 2)
+
+
+def rotate_pairs_tokens_first(x, table):
+    return rotate_pairs(x.transpose(1, 2), table).transpose(1, 2)
+
+
+@pytest.mark.parametrize(
+    ("rotate", "tables"),
+    [
+        (rotate_half, lambda *t: [x[0, 0] for x in t]),
+        (rotate_half_tokens_first, lambda *t: [x[0, 0] for x in t]),
+        (rotate_half_tokens_first, lambda *t: [x[0, :1] for x in t]),
+    ],
+    ids=["heads first", "tokens first", "tokens first, a row"],
+)
+def test_a_table_without_tokens_is_no_table_of_each(rotate, tables):
+    args = decode_arguments(length=3)
+    reference = [a.clone() for a in args]
+    model = rotated_and_written(rotate, tables)
+    fired, result = fired_passes(model, args)
+    assert "fuse_rope_cache" not in fired
+    torch.testing.assert_close(result, model(*reference), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(args, reference, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("length", [1, 3])
+@pytest.mark.parametrize(
+    ("rotate", "kind", "dtype"),
+    [
+        (rotate_half, torch.float32, torch.int64),
+        (rotate_half, torch.float32, torch.bool),
+        (rotate_pairs_tokens_first, torch.float32, torch.int64),
+        (rotate_pairs_tokens_first, torch.bfloat16, torch.float64),
+    ],
+    ids=lambda v: getattr(v, "__name__", str(v)),
+)
+def test_tables_that_the_kernel_cannot_read_stay_outside(rotate, kind, dtype, length):
+    def tables(cos, sin):
+        cos, sin = (t[:, None].mul(3).to(dtype) for t in (cos, sin))
+        both = torch.stack([cos[..., :8], sin[..., :8]], -1)
+        return (cos, sin) if rotate is rotate_half else (both,)
+
+    args = decode_arguments(length, kind)
+    reference = [a.clone() for a in args]
+    model = rotated_and_written(rotate, tables)
+    fired, result = fired_passes(model, args)
+    assert fired.get("fuse_rope_cache", 0) == (length == 1)
+    tolerance = 1e-5 if kind == torch.float32 else 6e-2
+    torch.testing.assert_close(result, model(*reference), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(args, reference, rtol=tolerance, atol=tolerance)
+
+
+# Shapes of query, key and value: (batch, heads) of each, that SDPA broadcasts.
+UNLIKE = [
+    ((2, 1), (2, 4), (2, 4)),
+    ((2, 4), (2, 4), (2, 1)),
+    ((2, 4), (2, 1), (2, 4)),
+    ((2, 4), (2, 4), (1, 4)),
+]
+
+
+@pytest.mark.parametrize("length", [1, 3])
+@pytest.mark.parametrize("lead", UNLIKE, ids=str)
+def test_caches_that_attention_broadcasts_are_left_alone(lead, length):
+    def model(q, k, v, cos, sin, keys, values, position, mask):
+        q, k = (rotate_half(x, cos[:, None], sin[:, None]) for x in (q, k))
+        keys.index_copy_(2, position, k)
+        values.index_copy_(2, position, v)
+        return F.scaled_dot_product_attention(q, keys, values, mask)
+
+    args = decode_arguments(length)
+    args[:3] = (random(*shape, length, 16) for shape in lead)
+    args[5:7] = (random(*shape, 24, 16) for shape in lead[1:])
+    reference = [a.clone() for a in args]
+    fired, result = fired_passes(model, args)
+    assert "fuse_rope_cache" not in fired
+    torch.testing.assert_close(result, model(*reference), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(args, reference, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("batch", "length"), [(0, 1), (0, 3), (2, 0)], ids=str)
+def test_no_sequences_and_no_tokens(batch, length):
+    args = decode_arguments(length)
+    for i in (0, 1, 2, 5, 6):
+        args[i] = args[i][:batch].clone()
+    reference = [a.clone() for a in args]
+    _, result = fired_passes(halves_model, args)
+    assert result.shape == (batch, 4, length, 16)
+    torch.testing.assert_close(args, reference)
+
+
+@pytest.mark.parametrize("batch", [3, 4])
+@pytest.mark.parametrize("batched", [False, True], ids=["shared angles", "angles a sequence"])
+def test_a_prefill_of_a_symbolic_batch(batched, batch):
+    """Also where the batch is as large as the prompt is long, which must not be compared."""
+
+    def of(batch):
+        args = decode_arguments(3)
+        for i in (0, 1, 2, 5, 6, *((3, 4) if batched else ())):
+            args[i] = random(batch, *args[i].shape[1:])
+        return args
+
+    compiled = compile_step(halves_model)
+    first = of(batch)
+    for i in (0, 1, 2, 5, 6, *((3, 4) if batched else ())):
+        torch._dynamo.mark_dynamic(first[i], 0)
+    for call, args in enumerate((first, of(5))):
+        reference = [a.clone() for a in args]
+        with torch.no_grad():
+            fired, result = fired_passes_of(compiled, args)
+            torch.testing.assert_close(result, halves_model(*reference), rtol=1e-5, atol=1e-5)
+        assert fired.get("fuse_rope_cache", 0) == (call == 0)
+        torch.testing.assert_close(args, reference, rtol=1e-5, atol=1e-5)
+
+
 def test_a_scaled_position_is_no_slot():
     def model(q, k, v, cos, sin, keys, values, position, mask):
         twice = torch.add(torch.arange(1, device=DEVICE), position[0], alpha=2)

@@ -368,16 +368,20 @@ def test_many_positions(heads, kv_heads, dim, width, rope, dtype):
     assert out.transpose(1, 2).is_contiguous()
 
 
+@pytest.mark.parametrize("rope", ["half", "interleaved", "none"])
 @pytest.mark.parametrize("sizes", [(0, 4, 2, 3), (2, 4, 2, 0)], ids=["B=0", "L=0"])
-def test_no_positions(sizes):
+def test_no_positions(sizes, rope):
     batch, heads, kv_heads, length = sizes
     q, k, v, k_cache, v_cache = inputs(batch, heads, kv_heads, 9, 16)
     q, k, v = (t.expand(-1, -1, length, -1) if length else t[:, :, :0] for t in (q, k, v))
     before = k_cache.clone()
     positions = torch.zeros(length, dtype=torch.int64, device=q.device)
-    out = prefill(q, k, v, None, None, k_cache, v_cache, positions, rope="none")
-    assert out.shape == q.shape
-    assert torch.equal(k_cache, before)
+    width = 16 if rope == "half" else 8
+    for rows in (1, batch):
+        tables = [None] * 2 if rope == "none" else angles((rows, length, width), q.device)
+        out = prefill(q, k, v, *tables, k_cache, v_cache, positions, rope=rope)
+        assert out.shape == q.shape
+        assert torch.equal(k_cache, before)
 
 
 def test_several_positions_of_unlike_length_are_refused():
