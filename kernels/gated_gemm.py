@@ -55,8 +55,10 @@ def gate_tile(
         offs_n = columns[None, :]
     mask = (offs_m < M) & (offs_n < N)
     if gate_bias_ptr is not None:
-        gate += tl.load(gate_bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)
-        up += tl.load(up_bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)
+        gate_bias = tl.load(gate_bias_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)
+        up_bias = tl.load(up_bias_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)
+        gate += tl.expand_dims(gate_bias, 1 if SWAP else 0)
+        up += tl.expand_dims(up_bias, 1 if SWAP else 0)
     result = activate(gate, ACTIVATION) * up
     result = apply_epilogue(result, offs_m, offs_n, mask, epilogue, "none")
     return result, offs_m, offs_n, mask

@@ -70,6 +70,7 @@ class GemmConfig:
         resident: blocks of the persistent kernel that share a multiprocessor.
         store_halves: the persistent kernel stores its tile in two halves, for half the staging
             memory and so a deeper pipeline.
+        flatten: the persistent kernel loads a tile's operands while it writes the tile before.
     """
 
     kernel: Literal["gemm", "gemm_tma", "gemv"]
@@ -84,6 +85,7 @@ class GemmConfig:
     reduce_block: int = 512
     resident: int = 1
     store_halves: bool = False
+    flatten: bool = True
 
 
 # Shared memory in which a tile of an epilogue's operands changes its layout.
@@ -126,43 +128,74 @@ def supports(problem: GemmProblem, config: GemmConfig, hardware: Hardware) -> bo
     return config.kernel == "gemm"
 
 
+@dataclass(frozen=True)
+class EpilogueTraits:
+    """What the registers and the shared memory of an epilogue depend on.
+
+    Attributes:
+        out_size: bytes of an element of the output.
+        operand_size: bytes of the operands (full biases too) for each element of the output.
+        out_aligned: the output's rows start at 16-byte boundaries, for tensor descriptors.
+        operands_aligned: the operands' do, and Triton knows that they do.
+        activated: there is an activation or a bias.
+    """
+
+    out_size: int
+    operand_size: int = 0
+    out_aligned: bool = True
+    operands_aligned: bool = True
+    activated: bool = False
+
+    @property
+    def is_awkward(self) -> bool:
+        """Whether large tiles of the operands take many registers, and memory of their own."""
+        aligned = self.out_aligned and self.operands_aligned
+        return self.operand_size >= 4 or (self.operand_size > 0 and not aligned)
+
+    @property
+    def most_sums(self) -> int:
+        """Sums that a thread may hold."""
+        if self.is_awkward and not self.out_aligned:
+            return 32
+        pointers = self.activated and not self.out_aligned
+        return 64 if self.is_awkward or self.out_size >= 4 or pointers else 128
+
+
 @functools.lru_cache(maxsize=4096)
 def with_staging(
-    config: GemmConfig,
-    element_size: int,
-    out_size: int,
-    operand_size: int,
-    many_tiles: bool,
-    hardware: Hardware,
+    config: GemmConfig, problem: GemmProblem, traits: EpilogueTraits, hardware: Hardware
 ) -> GemmConfig:
-    """The configuration with the shared memory that its epilogue leaves.
+    """The configuration with the registers and the shared memory that its epilogue leaves.
 
     Beside its pipeline `gemm_tma` stages the tile of the output. Operands that the epilogue reads
-    change the layout of what they meet, in 32 kB more where the loop over the tiles is flattened.
-    Measured by compiling for sm90: 128 × 256 with a residual takes 65568 bytes beside its stages if
-    stored whole, 65560 in halves and flattened, 98328 whole and flattened; and spills 136 bytes
-    with a multiplier or an output in fp32, or with two operands. Measured on an H200: one tile a
-    program is faster whole with 3 stages than in halves with 4 (4096 × 14336, M = 1024: 164 and
-    172 µs).
+    change the layout of what they meet: in the pipeline's memory, or where the loop over the tiles
+    is flattened in more, 32 kB for a 16-bit operand with aligned rows, else a tile in fp32.
 
-    Args:
-        element_size: of a and b.
-        out_size: of the output's elements.
-        operand_size: bytes of the epilogue's operands for each element of the output.
-        many_tiles: whether a program computes more tiles than one.
+    Measured by compiling for sm90: 128 × 256 with a residual takes 65568 bytes beside its stages if
+    stored whole, 65560 in halves and flattened, 98328 whole and flattened. With 128 sums a thread
+    it spills 136 bytes with an output in fp32, 64 to 500 with an fp32 operand, two operands or
+    rows that are not aligned; so do 64 sums flattened, and if the output's rows are those. Measured
+    on an H200: one tile a program is faster whole with 3 stages than in halves with 4
+    (4096 × 14336, M = 1024: 164 and 172 µs).
     """
     if config.kernel != "gemm_tma" or config.split_k > 1:
         return config
-    sums = config.block_m * config.block_n // (32 * config.num_warps)
-    if max(out_size, operand_size) >= 4 and sums >= 128:  # registers a thread
-        config = replace(config, block_n=config.block_n // 2)
-    if operand_size > 0:
-        config = replace(config, store_halves=many_tiles and config.block_n >= 128)
-    staging = config.block_m * config.block_n * out_size // (1 + config.store_halves)
-    staging += OPERAND_BYTES if operand_size > 0 and many_tiles else 0
-    stage = (config.block_m + config.block_n) * config.block_k * element_size
+    sums = config.block_m * config.block_n // (32 * config.num_warps)  # of a thread
+    flatten = config.flatten and (sums < 64 or not traits.is_awkward)
+    if sums > traits.most_sums:
+        config = replace(config, block_n=config.block_n * traits.most_sums // sums)
+    rows, columns = (problem.N, problem.M) if config.swap_operands else (problem.M, problem.N)
+    tiles = math.ceil(rows / config.block_m) * math.ceil(columns / config.block_n)
+    flattened = flatten and tiles > hardware.num_sms * config.resident
+    halves = config.store_halves
+    if traits.operand_size > 0:
+        halves = flattened and config.block_n >= 128
+    staging = config.block_m * config.block_n * traits.out_size // (1 + halves)
+    staging += OPERAND_BYTES if traits.operand_size > 0 and flattened else 0
+    stage = (config.block_m + config.block_n) * config.block_k * problem.element_size
     room = hardware.shared_memory // config.resident - staging - 1024
-    return replace(config, num_stages=max(1, min(config.num_stages, room // stage)))
+    stages = max(1, min(config.num_stages, room // stage))
+    return replace(config, num_stages=stages, store_halves=halves, flatten=flatten)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -117,6 +117,12 @@ def gemm_tma_kernel(
     release_dependents(PDL)
 
 
+def has_aligned_rows(matrix: torch.Tensor) -> bool:
+    """Whether rows are contiguous and start at 16-byte boundaries, as descriptors ask for."""
+    row = matrix.stride(0) * matrix.element_size()
+    return matrix.stride(1) == 1 and row % 16 == 0 and matrix.data_ptr() % 16 == 0
+
+
 def _descriptor(matrix: torch.Tensor, block: tuple[int, int]) -> tuple[TensorDescriptor, bool]:
     """A descriptor yielding `block` tiles (or their transpose), and whether it is row-major."""
     if matrix.stride(1) == 1:
@@ -156,7 +162,7 @@ def gemm_tma(
     split_k = config.split_k
     a_desc, a_k_major = _descriptor(a, (config.block_m, config.block_k))
     b_desc, b_row_major = _descriptor(b, (config.block_k, config.block_n))
-    store_tma = split_k == 1 and out.stride(1) == 1 and out.stride(0) * out.element_size() % 16 == 0
+    store_tma = split_k == 1 and has_aligned_rows(out)
     store_block = [config.block_m, config.block_n // (1 + config.store_halves)]
     tiles = triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n) * split_k
     programs = min(tiles, num_sms * config.resident)
@@ -173,7 +179,7 @@ def gemm_tma(
         A_K_MAJOR=a_k_major, B_K_MAJOR=not b_row_major,
         HAS_BIAS=bias is not None, HAS_OPERANDS=len(epilogue.tensors) > 0,
         ACTIVATION=epilogue.activation, STORE_TMA=store_tma,
-        FLATTEN=programs < tiles, STORE_HALVES=config.store_halves,
+        FLATTEN=config.flatten and programs < tiles, STORE_HALVES=config.store_halves,
         num_warps=config.num_warps, num_stages=config.num_stages,
         **launch_options(hardware.of(out.device)),
     )  # fmt: skip

@@ -26,6 +26,7 @@ from triton_only_backend.kernels.gemm_configs import (
     bucket,
     next_power_of_2,
 )
+from triton_only_backend.kernels.gemm_tma import has_aligned_rows
 from triton_only_backend.kernels.linear_configs import (
     SkinnyConfig,
     select_gated,
@@ -34,7 +35,7 @@ from triton_only_backend.kernels.linear_configs import (
     select_skinny,
 )
 from triton_only_backend.kernels.linear_gemv import linear_gemv
-from triton_only_backend.kernels.matmul import is_aligned, matmul
+from triton_only_backend.kernels.matmul import epilogue_traits, is_aligned, matmul
 from triton_only_backend.kernels.pair_gemm import is_pair, pair_gemm
 from triton_only_backend.kernels.rms_norm import Norm, rms_norm
 from triton_only_backend.kernels.skinny_linear import skinny_linear
@@ -180,12 +181,14 @@ def _pair(
     ):
         return False
     device = hardware.of(x.device)
-    N, out_size = first.shape[0], outs[0].element_size()
     gated = len(outs) == 1
-    pointers = len(epilogue.tensors) > 0 or N * out_size % 16 != 0
-    config = select_pair(bucket(x.shape[0]), bucket(N), x.shape[1], out_size, pointers, device)
+    traits = epilogue_traits(outs[0], None, epilogue)
     # Two outputs through pointers spill 200 bytes on sm90.
-    if config is None or (pointers and not gated):
+    if not gated and not all(has_aligned_rows(out) for out in outs):
+        return False
+    M, N, K = bucket(x.shape[0]), bucket(first.shape[0]), x.shape[1]
+    config = select_pair(M, N, K, traits, device)
+    if config is None:
         return False
     with hardware.guard(x):
         pair_gemm(
@@ -225,6 +228,7 @@ def _gate(
     config = None
     if (
         x.element_size() == 2
+        and x.shape[1] > 0
         and _is_k_major(x, *weights)
         and all(b.stride(0) == 1 for b in biases or ())
     ):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from triton_only_backend.kernels.gemm_configs import (
     OPERAND_BYTES,
     SKINNY_MAX_ROWS,
+    EpilogueTraits,
     GemmProblem,
     fit_stages,
     hopper_choice,
@@ -140,6 +141,7 @@ class PairConfig:
     Attributes:
         block_m: rows of the input.
         block_n: rows of each weight.
+        flatten: a tile's operands are loaded while the tile before is written.
     """
 
     block_m: int
@@ -148,23 +150,22 @@ class PairConfig:
     group_m: int
     num_warps: int
     num_stages: int
+    flatten: bool = True
 
 
 @functools.lru_cache(maxsize=1024)
 def select_pair(
-    M: int, N: int, K: int, out_size: int, pointers: bool, hardware: Hardware
+    M: int, N: int, K: int, traits: EpilogueTraits, hardware: Hardware
 ) -> PairConfig | None:
     """The configuration for 16-bit operands; None where two products are better.
 
     The tiles are those of a product of 2 N columns. Two products can split K, and choose tiles of
     their own; gated, the second reads what the first wrote.
-
-    Args:
-        out_size: bytes of an output's element.
-        pointers: whether the epilogue reads tensors, or the outputs' rows are not aligned: what
-            goes through pointers changes the layout of a tile.
+    What the epilogue reads, and what goes to rows that are not aligned, changes the layout of a
+    tile in shared memory; see `gemm_configs.with_staging`.
     """
-    if not hardware.has_wgmma or M <= SKINNY_MAX_ROWS or N <= SKINNY_MAX_ROWS or out_size > 2:
+    few = M <= SKINNY_MAX_ROWS or N <= SKINNY_MAX_ROWS
+    if not hardware.has_wgmma or few or traits.out_size > 2:
         return None
     problem = GemmProblem(1, M, N, K, 2, False, True, True)
     apart_us = 2 * hopper_choice(problem, hardware)[0]
@@ -173,12 +174,14 @@ def select_pair(
     if together_us >= apart_us:
         return None
     block_n = config.block_n // 2
-    staging = config.block_m * block_n * out_size + pointers * OPERAND_BYTES
+    pointers = traits.operand_size > 0 or not traits.out_aligned
+    staging = config.block_m * block_n * traits.out_size + pointers * OPERAND_BYTES
     stage = (config.block_m + config.block_n) * config.block_k * 2
     stages = min(config.num_stages, (hardware.shared_memory - staging - 1024) // stage)
     return PairConfig(
-        config.block_m, block_n, config.block_k, config.group_m, config.num_warps, stages
-    )
+        config.block_m, block_n, config.block_k, config.group_m, config.num_warps, stages,
+        flatten=not traits.is_awkward,
+    )  # fmt: skip
 
 
 @functools.lru_cache(maxsize=1024)

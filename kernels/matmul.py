@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import torch
-import triton
 
 from triton_only_backend.errors import UnsupportedProblemError
 from triton_only_backend.kernels import hardware
 from triton_only_backend.kernels.epilogue import NO_EPILOGUE, Epilogue
 from triton_only_backend.kernels.gemm import gemm
 from triton_only_backend.kernels.gemm_configs import (
+    EpilogueTraits,
     GemmProblem,
     bucket,
     select_config,
     with_staging,
 )
-from triton_only_backend.kernels.gemm_tma import gemm_tma
+from triton_only_backend.kernels.gemm_tma import gemm_tma, has_aligned_rows
 from triton_only_backend.kernels.gemv import gemv
 from triton_only_backend.kernels.limits import DTYPES
 
@@ -61,6 +61,23 @@ def is_aligned(operand: torch.Tensor) -> bool:
     )
 
 
+def epilogue_traits(
+    out: torch.Tensor, bias: torch.Tensor | None, epilogue: Epilogue
+) -> EpilogueTraits:
+    """What the choice of a tile must know of an output (M, N), its bias and what follows."""
+    operands = epilogue.tensors
+    if bias is not None and 0 not in bias.stride():
+        operands += (bias,)
+    return EpilogueTraits(
+        out.element_size(),
+        sum(t.element_size() for t in operands),
+        has_aligned_rows(out),
+        # Triton knows of a stride whether 16 divides it.
+        all(has_aligned_rows(t) and t.stride(0) % 16 == 0 for t in operands),
+        epilogue.activation != "none" or bias is not None,
+    )
+
+
 def matmul(
     a: torch.Tensor,
     b: torch.Tensor,
@@ -101,20 +118,15 @@ def matmul(
         ieee=a.dtype == torch.float32 and precision == "ieee",
         a_k_contiguous=a.stride(2) == 1,
         b_k_contiguous=b.stride(1) == 1,
-        aligned=is_aligned(a) and is_aligned(b),
+        aligned=K > 0 and is_aligned(a) and is_aligned(b),  # no descriptor is of no element
     )
     config = select_config(problem, device)
     with hardware.guard(out):
         if config.kernel == "gemv":
             gemv(a, b, bias, out, alpha=alpha, beta=beta, config=config, epilogue=epilogue)
         elif config.kernel == "gemm_tma":
-            rows, columns = (N, M) if config.swap_operands else (M, N)
-            tiles = triton.cdiv(rows, config.block_m) * triton.cdiv(columns, config.block_n)
-            config = with_staging(
-                config, a.element_size(), out.element_size(),
-                sum(t.element_size() for t in epilogue.tensors),
-                tiles > device.num_sms * config.resident, device,
-            )  # fmt: skip
+            traits = epilogue_traits(out[0], None if bias is None else bias[0], epilogue)
+            config = with_staging(config, problem, traits, device)
             gemm_tma(
                 a[0], b[0], None if bias is None else bias[0], out[0],
                 alpha=alpha, beta=beta, config=config, num_sms=device.num_sms, epilogue=epilogue,

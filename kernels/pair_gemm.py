@@ -28,6 +28,7 @@ from triton_only_backend.kernels.dependent_launch import (
 from triton_only_backend.kernels.epilogue import NO_EPILOGUE, Epilogue, apply_epilogue
 from triton_only_backend.kernels.gated_gemm import gate_tile
 from triton_only_backend.kernels.gemm import grouped_tile
+from triton_only_backend.kernels.gemm_tma import has_aligned_rows
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -36,7 +37,8 @@ if TYPE_CHECKING:
 
     from triton_only_backend.kernels.linear_configs import PairConfig
 
-# Bytes; of 16 a multiple: what the CUDA driver's cuTensorMapEncodeTiled says of strides.
+# Bytes. What cuTensorMapEncodeTiled checks of strides, beside multiples of 16; that each be one of
+# the stride before, as the CUDA driver's documentation has it, no layout with heads in rows heeds.
 MAX_STRIDE = 1 << 40
 
 
@@ -140,7 +142,7 @@ def pair_gemm(
     )
     if not gated:
         outs = (outs[low], outs[high])
-    store = outs[0].stride(0) * outs[0].element_size() % 16 == 0
+    store = all(has_aligned_rows(out) for out in outs)
     out_block = [config.block_m, config.block_n]
     descriptors = [TensorDescriptor.from_tensor(out, out_block) for out in outs] if store else []
     tiles = triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n)
@@ -152,7 +154,7 @@ def pair_gemm(
         M, N, K, outs[0].stride(0), epilogue.arguments,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
         GROUP_M=config.group_m, GATE=low if gated else None, ACTIVATION=epilogue.activation,
-        FLATTEN=programs < tiles,
+        FLATTEN=config.flatten and programs < tiles,
         num_warps=config.num_warps, num_stages=config.num_stages,
         **launch_options(hardware.of(x.device)),
     )  # fmt: skip

@@ -97,3 +97,45 @@ def test_compiles_without_spills(target):
 @pytest.mark.parametrize("target", ["sm80", "sm89", "sm90", "sm100", "sm120", "gfx942", "gfx950"])
 def test_everything_compiles_without_spills(target):
     check_compiled(target, ALL)
+
+
+def check_launches(target: str, which: str) -> list[dict[str, Any]]:
+    """Compiles what `linear_launches` finds; says what exceeds the target or spills."""
+    from cross_compile import TARGETS
+
+    environ = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    script = str(Path(__file__).with_name("linear_launches.py"))
+    run = subprocess.run(
+        [sys.executable, script, target, which],
+        capture_output=True, text=True, env=environ, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-2000:]
+    rows: list[dict[str, Any]] = [json.loads(line) for line in run.stdout.splitlines()]
+    assert rows
+    assert not [r for r in rows if r["shared"] > TARGETS[target][2].shared_memory]
+    if target == "sm90":
+        # Two operands may spill. Of no weight: two or four registers that ptxas keeps on the stack.
+        assert not [r for r in rows if r["operands"] < 2 and r["spilled"] > 16]
+    return rows
+
+
+@pytest.mark.usefixtures("tests_folder")
+def test_epilogues_fit_and_do_not_spill():
+    names = {row["name"] for row in check_launches("sm90", "sample")}
+    assert names >= {
+        "gemm_tma_kernel", "pair_gemm_kernel", "skinny_linear_kernel", "linear_gemv_kernel",
+        "gemm_kernel", "gemv_kernel",
+    }  # fmt: skip
+
+
+@pytest.mark.exhaustive
+@pytest.mark.usefixtures("tests_folder")
+def test_every_launch_fits_and_does_not_spill():
+    check_launches("sm90", "all")
+
+
+@pytest.mark.exhaustive
+@pytest.mark.usefixtures("tests_folder")
+@pytest.mark.parametrize("target", ["sm80", "sm100", "sm120", "gfx942", "gfx950"])
+def test_launches_fit_elsewhere(target):
+    check_launches(target, "40")

@@ -486,3 +486,172 @@ def test_epilogue_in_every_product_kernel(split_k, swap, kernel, device):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Problem, "run", lambda _: [out])
         p.check()
+
+
+# What Hopper chooses, in tiles that small problems fill
+
+
+@pytest.fixture
+def taken(monkeypatch) -> list[str]:
+    """Makes `linear` choose as on Hopper; the kernels that it took."""
+    from triton_only_backend.kernels import linear, matmul
+    from triton_only_backend.kernels.gemm_configs import GemmConfig, heuristic_config
+    from triton_only_backend.kernels.linear_configs import PairConfig, SkinnyConfig
+
+    def pair(M: int, N: int, K: int, traits: Any, hardware: Any) -> PairConfig | None:
+        return PairConfig(16, 16, 32, 2, 4, 2, not traits.is_awkward) if M > 16 else None
+
+    def skinny(M: int, N: int, weights: int, *_: Any) -> SkinnyConfig | None:
+        return SkinnyConfig(16, 16, 32, 4, 2) if M <= 16 and weights > 1 else None
+
+    def product(problem: Any, hardware: Any) -> GemmConfig:
+        if problem.aligned and problem.element_size == 2:
+            return GemmConfig("gemm_tma", 16, 32, 32, 1, 2, 4, 2, store_halves=True)
+        return heuristic_config(problem, hardware)
+
+    names: list[str] = []
+
+    def noting(module: Any, name: str) -> None:
+        kernel = getattr(module, name)
+
+        def note(*args: Any, **options: Any) -> None:
+            names.append(name)
+            kernel(*args, **options)
+
+        monkeypatch.setattr(module, name, note)
+
+    monkeypatch.setattr(linear, "select_pair", pair)
+    monkeypatch.setattr(linear, "select_skinny", skinny)
+    monkeypatch.setattr(linear, "select_gated", lambda *_: None)
+    monkeypatch.setattr(matmul, "select_config", product)
+    for name in ("pair_gemm", "skinny_linear"):
+        noting(linear, name)
+    for name in ("gemm_tma", "gemm"):
+        noting(matmul, name)
+    return names
+
+
+def arranged(weights: list[torch.Tensor], how: str) -> list[torch.Tensor]:
+    """The weights, or others of their shapes, where they may lie in memory."""
+    N, K = weights[0].shape
+    if how == "rows of one":
+        return list(torch.cat(weights).split([len(w) for w in weights]))
+    if how == "rows of one, reversed":
+        return list(torch.cat(weights[::-1]).split([len(w) for w in weights[::-1]]))[::-1]
+    if how == "columns of one":  # nearer to each other than a row to the next
+        return [
+            w[:, K * i : K * (i + 1)] for w in [torch.cat(weights, 1)] for i in range(len(weights))
+        ]
+    if how == "overlapping":
+        rows = torch.cat(weights)
+        return [rows[i : i + N] for i in range(len(weights))]
+    if how == "the same twice":
+        return [weights[0]] * len(weights)
+    if how == "one of other strides":
+        return [weights[0], *(padded(w) for w in weights[1:])]
+    if how == "off 16 bytes":
+        wide = torch.empty(
+            N, K * len(weights) + 8, dtype=weights[0].dtype, device=weights[0].device
+        )
+        parts = [wide[:, 1 + K * i : 1 + K * (i + 1)] for i in range(len(weights))]
+        return [part.copy_(w) for part, w in zip(parts, weights, strict=True)]
+    return weights
+
+
+ARRANGEMENTS = {
+    "apart": True, "rows of one": True, "rows of one, reversed": True, "columns of one": True,
+    "overlapping": True, "the same twice": False, "one of other strides": False,
+    "off 16 bytes": False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("gated", [False, True], ids=["two", "gated"])
+@pytest.mark.parametrize("bias", ["no bias", "bias", "strided bias"])
+@pytest.mark.parametrize("how", ARRANGEMENTS)
+def test_two_weights_anywhere(how, bias, gated, taken, device):
+    """Together where one descriptor spans both, else one by one; never wrong."""
+    for M, N, dtype in ((20, 24, torch.bfloat16), (37, 40, torch.float16), (5, 24, torch.bfloat16)):
+        p = problem(
+            device, M, (N, N), 40, dtype, bias=bias != "no bias", gated=gated, activation="silu"
+        )
+        p.weights = arranged(p.weights, how)
+        if bias == "strided bias":
+            p.biases = [p.biases[0], p.biases[1][:1].expand(N)]
+        taken.clear()
+        p.check()
+        strided = bias == "strided bias" or how == "off 16 bytes"
+        if M == 5:
+            assert ("skinny_linear" in taken) != strided
+        else:
+            assert ("pair_gemm" in taken) == (ARRANGEMENTS[how] and not strided)
+
+
+def test_pairs_of_many_weights(taken, device):
+    """(q, k, v), where two are alike; two pairs; three that are alike; and one alone."""
+    for columns, expected in (
+        ((64, 16, 16), ["pair_gemm", "gemm_tma"]),
+        ((16, 24, 16, 24), ["pair_gemm", "pair_gemm"]),
+        ((16, 16, 16), ["pair_gemm", "gemm_tma"]),
+        ((16, 24, 32), ["gemm_tma"] * 3),
+        ((24,), ["gemm_tma"]),
+        ((20, 20), ["gemm_tma"] * 2),  # rows of the outputs are not aligned
+        ((24, 0, 24), ["pair_gemm"]),
+    ):
+        p = problem(
+            device, 33, columns, 48, torch.bfloat16, bias=True, norm=torch.bfloat16,
+            activation="gelu",
+        )  # fmt: skip
+        taken.clear()
+        p.check()
+        assert taken == expected
+
+
+@pytest.mark.parametrize("columns", [24, 20])
+@pytest.mark.parametrize("what", ["multiplier", "residual"])
+@pytest.mark.parametrize("form", ["plain", "row", "column", "one", "wide", "padded", "transposed"])
+def test_gate_with_any_operand(form, what, columns, taken, device):
+    p = problem(
+        device, 37, (columns, columns), 40, torch.bfloat16, gated=True, activation="silu",
+        bias=True, **{what: True},
+    )  # fmt: skip
+    t = p.options[what]
+    p.options[what] = {
+        "plain": t, "row": t[:1], "column": t[:, :1], "one": t[0, 0], "wide": t.float(),
+        "padded": padded(t), "transposed": t.T.contiguous().T,
+    }[form]  # fmt: skip
+    p.check()
+    assert taken == ["pair_gemm"]
+
+
+@pytest.mark.parametrize("columns", [(24,), (24, 24), (24, 16, 16)], ids=str)
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize("M", [5, 37])
+def test_outputs_off_16_bytes(M, gated, columns, taken, device):
+    from triton_only_backend.kernels.epilogue import Epilogue
+    from triton_only_backend.kernels.linear import linear
+
+    if gated and len(columns) != 2:
+        return
+    p = problem(device, M, columns, 40, torch.bfloat16, gated=gated, activation="silu")
+    shapes = [(M, n) for n in (columns[:1] if gated else columns)]
+    outs = [
+        torch.full((M * n + 1,), float("nan"), device=device).bfloat16()[1:].view(M, n)
+        for _, n in shapes
+    ]
+    if len(outs) > 1:  # one of a pair is enough
+        outs[0] = torch.empty(shapes[0], device=device, dtype=torch.bfloat16)
+    linear(p.input, p.weights, None, outs, gated=gated, epilogue=Epilogue("silu"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Problem, "run", lambda _: outs)
+        p.check()
+
+
+@pytest.mark.parametrize("M", [5, 37])
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+def test_no_columns_of_a_wide_input(gated, M, taken, device):
+    """K = 0 with strides that descriptors would take: they take no dimension of no size."""
+    p = problem(device, M, (24, 24), 40, torch.bfloat16, bias=True, gated=gated)
+    p.input, p.weights = p.input[:, :0], [w[:, :0] for w in p.weights]
+    for out, exact in zip(p.run(), p.reference(torch.float64), strict=True):
+        torch.testing.assert_close(out.double(), exact, rtol=2e-2, atol=1e-5)
+    assert set(taken) == {"gemm"}

@@ -16,6 +16,7 @@ from triton_only_backend import settings
 from triton_only_backend.database import MEASURED, DatabaseError, Place, Trial
 from triton_only_backend.kernels import tuned
 from triton_only_backend.kernels.gemm_configs import (
+    EpilogueTraits,
     GemmConfig,
     GemmProblem,
     heuristic_config,
@@ -23,6 +24,7 @@ from triton_only_backend.kernels.gemm_configs import (
     with_staging,
 )
 from triton_only_backend.kernels.hardware import INTERPRETER, Hardware
+from triton_only_backend.kernels.linear_configs import PairConfig, select_pair
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -168,18 +170,68 @@ def test_a_table_of_another_form_is_refused(text: str, tmp_path: Path) -> None:
 def test_the_epilogue_has_shared_memory_left() -> None:
     """128 × 256 × 64 in bf16: a stage is 48 KiB, the output's tile 64, halved 32."""
     wide = GemmConfig("gemm_tma", 128, 256, 64, 1, 8, 8, 4, store_halves=True)
-    assert with_staging(wide, 2, 2, 0, True, H200) == wide
+    few = GemmProblem(1, 1024, 4096, 4096, 2, False, True, True)  # 128 tiles
+    many = dataclasses.replace(few, M=8192)
+    assert with_staging(wide, many, EpilogueTraits(2), H200) == wide
     # An operand: whole, or for many tiles in halves, with 32 KiB to change its layout.
-    for many_tiles in (False, True):
-        config = with_staging(wide, 2, 2, 2, many_tiles, H200)
-        assert (config.num_stages, config.store_halves) == (3, many_tiles)
-    for out_size, operand_size in ((4, 0), (2, 4)):
-        assert with_staging(wide, 2, out_size, operand_size, False, H200).block_n == 128
+    for problem in (few, many):
+        config = with_staging(wide, problem, EpilogueTraits(2, 2), H200)
+        assert (config.num_stages, config.store_halves) == (3, problem is many)
+        assert (config.block_n, config.flatten) == (256, True)
     whole = dataclasses.replace(wide, store_halves=False, num_stages=3)
-    assert with_staging(whole, 2, 2, 0, False, H200) == whole
+    assert with_staging(whole, many, EpilogueTraits(2), H200) == whole
     split = dataclasses.replace(wide, split_k=2)
-    assert with_staging(split, 2, 2, 2, False, H200) == split
-    assert with_staging(CONFIG, 2, 2, 4, False, H200) == CONFIG
+    assert with_staging(split, many, EpilogueTraits(2, 2), H200) == split
+    assert with_staging(CONFIG, many, EpilogueTraits(2, 4), H200) == CONFIG
+
+
+@pytest.mark.parametrize(
+    ("traits", "block_n", "flatten"),
+    [
+        (EpilogueTraits(4), 128, True),
+        (EpilogueTraits(2, out_aligned=False), 256, True),
+        (EpilogueTraits(2, out_aligned=False, activated=True), 128, True),
+        (EpilogueTraits(2, 4), 128, False),
+        (EpilogueTraits(2, 2, operands_aligned=False), 128, False),
+        (EpilogueTraits(2, 2, out_aligned=False), 64, False),
+    ],
+    ids=str,
+)
+def test_what_takes_registers_has_smaller_tiles(
+    traits: EpilogueTraits, block_n: int, flatten: bool
+) -> None:
+    """What is not flattened needs no memory beside the pipeline and the output's tile."""
+    wide = GemmConfig("gemm_tma", 128, 256, 64, 1, 8, 8, 4, store_halves=True)
+    problem = GemmProblem(1, 8192, 4096, 4096, 2, False, True, True)
+    config = with_staging(wide, problem, traits, H200)
+    assert (config.block_n, config.flatten) == (block_n, flatten)
+    assert not (config.store_halves and traits.is_awkward)
+    assert config.num_stages >= 3
+
+
+def test_a_smaller_tile_may_make_many() -> None:
+    """128 tiles of 256 columns are 256 of 128: of a flattened loop, with memory of its own."""
+    wide = GemmConfig("gemm_tma", 128, 256, 64, 1, 8, 8, 4, store_halves=True)
+    problem = GemmProblem(1, 1024, 4096, 4096, 2, False, True, True)
+    config = with_staging(wide, problem, EpilogueTraits(4, 2), H200)
+    assert (config.block_n, config.store_halves) == (128, True)
+
+
+def test_a_pair_on_hopper() -> None:
+    """What was measured for Llama's gate and up; an operand that is no plain one, not flattened."""
+    assert select_pair(1024, 14336, 4096, EpilogueTraits(2), H200) == PairConfig(
+        128, 128, 64, 16, 8, 3
+    )
+    for traits, flatten in (
+        (EpilogueTraits(2, 2), True),
+        (EpilogueTraits(2, 4), False),
+        (EpilogueTraits(2, 2, operands_aligned=False), False),
+        (EpilogueTraits(2, 2, out_aligned=False), False),
+    ):
+        config = select_pair(8192, 14336, 4096, traits, H200)
+        assert config is not None
+        assert (config.flatten, config.num_stages) == (flatten, 3)
+    assert select_pair(1024, 14336, 4096, EpilogueTraits(4), H200) is None
 
 
 # Cost
