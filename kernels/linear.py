@@ -162,6 +162,18 @@ def _stream(
             )  # fmt: skip
 
 
+def _tiles(
+    x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor] | None
+) -> bool:
+    """Whether the kernels that compute two layers in one tile read these operands."""
+    return (
+        x.element_size() == 2
+        and x.shape[1] > 0
+        and _is_k_major(x, *weights)
+        and all(b.stride(0) == 1 for b in biases or ())
+    )
+
+
 def _pair(
     x: torch.Tensor,
     weights: Sequence[torch.Tensor],
@@ -171,14 +183,7 @@ def _pair(
 ) -> bool:
     """Computes two layers, or one that gates the other, by `pair_gemm` where that is best."""
     first, second = weights
-    if not (
-        x.element_size() == 2
-        and outs[0].numel() > 0
-        and x.shape[1] > 0
-        and _is_k_major(x, first, second)
-        and is_pair(first, second)
-        and all(b.stride(0) == 1 for b in biases or ())
-    ):
+    if outs[0].numel() == 0 or not _tiles(x, weights, biases) or not is_pair(first, second):
         return False
     device = hardware.of(x.device)
     gated = len(outs) == 1
@@ -226,12 +231,7 @@ def _gate(
     if out.numel() == 0 or _pair(x, weights, biases, [out], epilogue):
         return
     config = None
-    if (
-        x.element_size() == 2
-        and x.shape[1] > 0
-        and _is_k_major(x, *weights)
-        and all(b.stride(0) == 1 for b in biases or ())
-    ):
+    if _tiles(x, weights, biases):
         config = select_gated(bucket(x.shape[0]), *weights[0].shape, hardware.of(x.device))
     if config is not None:
         with hardware.guard(x):

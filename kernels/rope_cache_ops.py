@@ -6,6 +6,8 @@ positions: the rotated query is what it returns.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from triton_only_backend.errors import UnsupportedProblemError
@@ -25,6 +27,7 @@ SCHEMAS = (
 
 
 def _check(
+    op: str,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -33,11 +36,12 @@ def _check(
     key_cache: Tensor,
     value_cache: Tensor,
     positions: Tensor,
-    attn_mask: Tensor | None,
-    rope: str,
-    op: str = "attention_rope_cache",
+    attn_mask: Tensor | None = None,
+    *,
+    rope: str = "half",
+    **_: Any,
 ) -> None:
-    """Refuses what the kernels do not cover.
+    """Refuses what the kernels do not cover; the arguments are those of the op named `op`.
 
     Raises:
         UnsupportedProblemError: naming the arguments, their dtypes and shapes, and a remedy.
@@ -148,16 +152,10 @@ def _check(
         )
 
 
-def _empty_query(query: Tensor) -> Tensor:
-    """The shape of a query (B, H, L, D), laid out (B, L, H, D)."""
-    batch, heads, len_q, dim = query.shape
-    return query.new_empty((batch, len_q, heads, dim)).transpose(1, 2)
-
-
-def _empty_output(query: Tensor, value: Tensor) -> Tensor:
-    """(B, H, 1, D_v), laid out (B, 1, H, D_v): merging the heads next is a view."""
-    batch, heads = query.shape[:2]
-    return query.new_empty((batch, 1, heads, value.shape[3])).transpose(1, 2)
+def _empty_output(query: Tensor, like: Tensor) -> Tensor:
+    """(B, H, L, width of `like`), laid out (B, L, H, width): merging the heads next is a view."""
+    batch, heads, len_q, _ = query.shape
+    return query.new_empty((batch, len_q, heads, like.shape[3])).transpose(1, 2)
 
 
 def _attention_rope_cache(
@@ -175,7 +173,10 @@ def _attention_rope_cache(
     is_causal: bool = False,
     scale: float | None = None,
 ) -> Tensor:
-    _check(query, key, value, cos, sin, key_cache, value_cache, positions, attn_mask, rope)
+    _check(
+        "attention_rope_cache",
+        query, key, value, cos, sin, key_cache, value_cache, positions, attn_mask, rope=rope,
+    )  # fmt: skip
     out = _empty_output(query, value)
     load("rope_cache_attention").attention_rope_cache(
         query, key, value, cos, sin, key_cache, value_cache, positions, attn_mask, out,
@@ -185,21 +186,9 @@ def _attention_rope_cache(
 
 
 def _fake_attention_rope_cache(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    positions: Tensor,
-    attn_mask: Tensor | None = None,
-    *,
-    rope: str = "half",
-    is_causal: bool = False,
-    scale: float | None = None,
+    query: Tensor, key: Tensor, value: Tensor, *rest: Any, **options: Any
 ) -> Tensor:
-    _check(query, key, value, cos, sin, key_cache, value_cache, positions, attn_mask, rope)
+    _check("attention_rope_cache", query, key, value, *rest, **options)
     return _empty_output(query, value)
 
 
@@ -215,10 +204,8 @@ def _rope_cache(
     *,
     rope: str = "half",
 ) -> Tensor:
-    _check(
-        query, key, value, cos, sin, key_cache, value_cache, positions, None, rope, "rope_cache"
-    )  # fmt: skip
-    out = _empty_query(query)
+    _check("rope_cache", query, key, value, cos, sin, key_cache, value_cache, positions, rope=rope)
+    out = _empty_output(query, query)
     batch, _, len_q, _ = query.shape
     slots = (positions[:, None] if len_q == 1 and positions.dim() == 1 else positions).expand(
         batch, len_q
@@ -231,22 +218,9 @@ def _rope_cache(
     return out
 
 
-def _fake_rope_cache(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    positions: Tensor,
-    *,
-    rope: str = "half",
-) -> Tensor:
-    _check(
-        query, key, value, cos, sin, key_cache, value_cache, positions, None, rope, "rope_cache"
-    )  # fmt: skip
-    return _empty_query(query)
+def _fake_rope_cache(query: Tensor, *rest: Any, **options: Any) -> Tensor:
+    _check("rope_cache", query, *rest, **options)
+    return _empty_output(query, query)
 
 
 IMPLEMENTATIONS = {

@@ -36,6 +36,7 @@ import torch
 
 from triton_only_backend.kernels.limits import DTYPES
 from triton_only_backend.passes.graph_edit import VIEWS, arguments, insert, same_sizes, value
+from triton_only_backend.passes.linear_layer import base_of
 from triton_only_backend.passes.refusal import decline
 from triton_only_backend.passes.template import Template
 
@@ -48,6 +49,7 @@ Tensor = torch.Tensor
 Node = torch.fx.Node
 # Arguments of attention that are handled here; of one query every layout is contiguous.
 KNOWN = ("query", "key", "value", "attn_mask", "is_causal", "scale", "enable_gqa", "contiguous")
+TABLE_VIEWS = (*VIEWS, aten.unsqueeze.default)
 # (B, H, L, D) from (B, L, H, D)
 HEADS_FIRST = [0, 2, 1, 3]
 
@@ -275,15 +277,9 @@ def _heads_first(rotated: Rotated, before: Node) -> Node:
 def _same_tables(q: Rotated, k: Rotated) -> bool:
     """Whether two rotations go by the same tables, each viewed for itself."""
     return all(
-        _table_of(a) is _table_of(b) and value(a).shape == value(b).shape
+        base_of(a, TABLE_VIEWS) is base_of(b, TABLE_VIEWS) and value(a).shape == value(b).shape
         for a, b in zip(q.tables, k.tables, strict=True)
     )
-
-
-def _table_of(node: Node) -> Node:
-    while node.target in (*VIEWS, aten.unsqueeze.default):
-        node = node.args[0]  # type: ignore[assignment]
-    return node
 
 
 def _tables(rotated: Rotated, tokens: int, before: Node) -> tuple[Node | None, Node | None]:

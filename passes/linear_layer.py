@@ -87,9 +87,9 @@ def rows(linear: Linear) -> int | None:
     return size if isinstance(size, int) else None
 
 
-def base_of(x: torch.fx.Node) -> torch.fx.Node:
+def base_of(x: torch.fx.Node, views: tuple[Any, ...] = VIEWS) -> torch.fx.Node:
     """What a node is a view of: each linear layer views the same activation for itself."""
-    while x.target in VIEWS:
+    while x.target in views:
         x = x.args[0]  # type: ignore[assignment]
     return x
 
