@@ -67,39 +67,18 @@ _ACTIVATIONS: dict[str, Any] = {
 
 
 def _linear_fused(
-    input: Tensor,
-    weights: list[Tensor],
-    biases: list[Tensor],
-    *,
-    norm_weight: Tensor | None = None,
-    norm_eps: float = 0.0,
-    norm_offset: float = 0.0,
-    activation: str = "none",
-    gated: bool = False,
-    multiplier: Tensor | None = None,
-    scale: float = 1.0,
-    residual: Tensor | None = None,
+    input: Tensor, weights: list[Tensor], biases: list[Tensor], **options: Any
 ) -> list[Tensor]:
     """Autograd's `linear_fused`: with a gradient to come, the ops that it stands for."""
-    arguments = {
-        "norm_weight": norm_weight,
-        "norm_eps": norm_eps,
-        "norm_offset": norm_offset,
-        "activation": activation,
-        "gated": gated,
-        "multiplier": multiplier,
-        "scale": scale,
-        "residual": residual,
-    }
+    chosen = product_ops.LinearOptions(**options)
+    norm_weight, norm_eps, norm_offset, activation, gated, multiplier, scale, residual = chosen
     tensors = (input, *weights, *biases, norm_weight, multiplier, residual)
     if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
         outputs: list[Tensor]
         with torch._C._AutoDispatchBelowAutograd():
-            outputs = torch.ops.triton_only.linear_fused(input, weights, biases, **arguments)
+            outputs = torch.ops.triton_only.linear_fused(input, weights, biases, **options)
         return outputs
-    product_ops.check_linear_fused(
-        input, weights, biases, norm_weight, activation, gated, multiplier, scale, residual
-    )
+    product_ops.check_linear_fused(input, weights, biases, chosen)
     x = input
     if norm_weight is not None:
         wide = input.float()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -127,16 +127,21 @@ def _linear_many(a: Tensor, weights: list[Tensor], biases: list[Tensor]) -> list
     return outs
 
 
+class LinearOptions(NamedTuple):
+    """What `linear_fused` is given by name."""
+
+    norm_weight: Tensor | None = None
+    norm_eps: float = 0.0
+    norm_offset: float = 0.0
+    activation: str = "none"
+    gated: bool = False
+    multiplier: Tensor | None = None
+    scale: float = 1.0
+    residual: Tensor | None = None
+
+
 def check_linear_fused(
-    input: Tensor,
-    weights: list[Tensor],
-    biases: list[Tensor],
-    norm_weight: Tensor | None,
-    activation: str,
-    gated: bool,
-    multiplier: Tensor | None,
-    scale: float,
-    residual: Tensor | None,
+    input: Tensor, weights: list[Tensor], biases: list[Tensor], options: LinearOptions
 ) -> None:
     """Refuses arguments that `linear_fused` does not take.
 
@@ -144,6 +149,7 @@ def check_linear_fused(
         UnsupportedProblemError: operands of other dtypes.
         RuntimeError: naming the argument, its shape and a remedy.
     """
+    norm_weight, _, _, activation, gated, multiplier, scale, residual = options
     for weight in weights:
         _check_product("linear_fused", input, weight.mT, 2)
     check = functools.partial(_check, "linear_fused")
@@ -192,54 +198,33 @@ def check_linear_fused(
 
 
 def _fake_linear_fused(
-    input: Tensor,
-    weights: list[Tensor],
-    biases: list[Tensor],
-    *,
-    norm_weight: Tensor | None = None,
-    norm_eps: float = 0.0,
-    norm_offset: float = 0.0,
-    activation: str = "none",
-    gated: bool = False,
-    multiplier: Tensor | None = None,
-    scale: float = 1.0,
-    residual: Tensor | None = None,
+    input: Tensor, weights: list[Tensor], biases: list[Tensor], **options: Any
 ) -> list[Tensor]:
-    check_linear_fused(
-        input, weights, biases, norm_weight, activation, gated, multiplier, scale, residual
-    )
-    outputs = weights[:1] if gated else weights
+    chosen = LinearOptions(**options)
+    check_linear_fused(input, weights, biases, chosen)
+    outputs = weights[:1] if chosen.gated else weights
     return [input.new_empty((input.shape[0], weight.shape[0])) for weight in outputs]
 
 
 def _linear_fused(
-    input: Tensor,
-    weights: list[Tensor],
-    biases: list[Tensor],
-    *,
-    norm_weight: Tensor | None = None,
-    norm_eps: float = 0.0,
-    norm_offset: float = 0.0,
-    activation: str = "none",
-    gated: bool = False,
-    multiplier: Tensor | None = None,
-    scale: float = 1.0,
-    residual: Tensor | None = None,
+    input: Tensor, weights: list[Tensor], biases: list[Tensor], **options: Any
 ) -> list[Tensor]:
-    outs = _fake_linear_fused(
-        input, weights, biases, norm_weight=norm_weight, activation=activation, gated=gated,
-        multiplier=multiplier, scale=scale, residual=residual,
-    )  # fmt: skip
+    outs = _fake_linear_fused(input, weights, biases, **options)
+    chosen = LinearOptions(**options)
     linear = load("linear")
-    norm = None if norm_weight is None else linear.Norm(norm_weight, norm_eps, norm_offset)
+    norm = None
+    if chosen.norm_weight is not None:
+        norm = linear.Norm(chosen.norm_weight, chosen.norm_eps, chosen.norm_offset)
     shape = outs[0].shape
     epilogue = linear.Epilogue(
-        activation,
-        None if multiplier is None else multiplier.expand(shape),
-        scale,
-        None if residual is None else residual.expand(shape),
+        chosen.activation,
+        None if chosen.multiplier is None else chosen.multiplier.expand(shape),
+        chosen.scale,
+        None if chosen.residual is None else chosen.residual.expand(shape),
     )
-    linear.linear(input, weights, biases or None, outs, norm=norm, gated=gated, epilogue=epilogue)
+    linear.linear(
+        input, weights, biases or None, outs, norm=norm, gated=chosen.gated, epilogue=epilogue
+    )
     return outs
 
 
