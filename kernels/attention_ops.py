@@ -51,35 +51,18 @@ def _fake_mask_spans(mask: Tensor) -> Tensor:
     return spans
 
 
-def _attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    seed: Tensor | None = None,
-    *,
-    spans: Tensor | None = None,
-    **options: Any,
-) -> Tensor:
-    sdpa = load("sdpa")
-    tensors = (query, key, value, attn_mask, seed)
-    output: Tensor = sdpa.forward(
-        *tensors, sdpa.Options(**options), with_logsumexp=False, spans=spans
+def _attention(*tensors: Any, spans: Tensor | None = None, **options: Any) -> Tensor:
+    given = load("attention_arguments")
+    output: Tensor = load("sdpa").forward(
+        given.Inputs(*tensors), given.Options(**options), with_logsumexp=False, spans=spans
     )[0]
     return output
 
 
-def _attention_forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    seed: Tensor | None = None,
-    **options: Any,
-) -> tuple[Tensor, Tensor]:
-    sdpa = load("sdpa")
-    pair: tuple[Tensor, Tensor] = sdpa.forward(
-        query, key, value, attn_mask, seed, sdpa.Options(**options), with_logsumexp=True
+def _attention_forward(*tensors: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    given = load("attention_arguments")
+    pair: tuple[Tensor, Tensor] = load("sdpa").forward(
+        given.Inputs(*tensors), given.Options(**options), with_logsumexp=True
     )
     return pair
 
@@ -95,35 +78,30 @@ def _attention_backward(
     seed: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    sdpa = load("sdpa")
-    gradients: tuple[Tensor, Tensor, Tensor] = sdpa.backward(
-        grad_output, query, key, value, attn_mask, output, logsumexp, seed, sdpa.Options(**options)
+    given = load("attention_arguments")
+    inputs = given.Inputs(query, key, value, attn_mask, seed)
+    gradients: tuple[Tensor, Tensor, Tensor] = load("sdpa").backward(
+        grad_output, inputs, output, logsumexp, given.Options(**options)
     )
     return gradients
 
 
 def _fake_attention_forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    seed: Tensor | None = None,
-    *,
-    spans: Tensor | None = None,
-    **options: Any,
+    *tensors: Any, spans: Tensor | None = None, **options: Any
 ) -> tuple[Tensor, Tensor]:
-    sdpa = load("sdpa")
-    chosen = sdpa.Options(**options)
-    sdpa.check(query, key, value, attn_mask, seed, chosen)
-    operands = sdpa.operands(query, key, value, attn_mask, chosen.enable_gqa)
+    given = load("attention_arguments")
+    inputs, chosen = given.Inputs(*tensors), given.Options(**options)
+    given.check(inputs, chosen)
+    operands = given.operands(inputs, chosen.enable_gqa)
     if spans is not None:
-        sdpa.view_spans(spans, attn_mask, operands)
-    output = sdpa.empty_output(query, operands.lead, value.shape[-1], chosen.contiguous)
-    return output, sdpa.empty_logsumexp(query, operands.lead)
+        given.view_spans(spans, inputs.attn_mask, operands)
+    width = inputs.value.shape[-1]
+    output = given.empty_output(inputs.query, operands.lead, width, chosen.contiguous)
+    return output, given.empty_logsumexp(inputs.query, operands.lead)
 
 
-def _fake_attention(*args: Any, **options: Any) -> Tensor:
-    return _fake_attention_forward(*args, **options)[0]
+def _fake_attention(*tensors: Any, **options: Any) -> Tensor:
+    return _fake_attention_forward(*tensors, **options)[0]
 
 
 def _fake_attention_backward(
@@ -132,27 +110,51 @@ def _fake_attention_backward(
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
 
-def _varlen(*args: Any, **options: Any) -> Tensor:
-    output: Tensor = load("varlen").forward(*args, **options, with_logsumexp=False)[0]
-    return output
-
-
-def _varlen_forward(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
-    pair: tuple[Tensor, Tensor] = load("varlen").forward(*args, **options, with_logsumexp=True)
+def _packed_forward(
+    args: tuple[Any, ...], options: dict[str, Any], with_logsumexp: bool
+) -> tuple[Tensor, Tensor | None]:
+    varlen = load("varlen")
+    pair: tuple[Tensor, Tensor | None] = varlen.forward(
+        varlen.Packed(*args), varlen.Options(**options), with_logsumexp=with_logsumexp
+    )
     return pair
 
 
-def _varlen_backward(*args: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
-    gradients: tuple[Tensor, Tensor, Tensor] = load("varlen").backward(*args, **options)
+def _varlen(*args: Any, **options: Any) -> Tensor:
+    return _packed_forward(args, options, False)[0]
+
+
+def _varlen_forward(*args: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
+    return _packed_forward(args, options, True)
+
+
+def _varlen_backward(
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_q: int,
+    max_k: int,
+    output: Tensor,
+    logsumexp: Tensor,
+    seed: Tensor | None = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    varlen = load("varlen")
+    inputs = varlen.Packed(query, key, value, cu_seqlens_q, cu_seqlens_k, max_q, max_k, seed)
+    gradients: tuple[Tensor, Tensor, Tensor] = varlen.backward(
+        grad_output, inputs, output, logsumexp, varlen.Options(**options)
+    )
     return gradients
 
 
-def _fake_varlen_forward(
-    query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any
-) -> tuple[Tensor, Tensor]:
-    module = load("varlen")
-    module.check(query, key, value, *args, **options)
-    return module.empty_output(query, value), module.empty_logsumexp(query)
+def _fake_varlen_forward(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    varlen = load("varlen")
+    inputs = varlen.Packed(*args)
+    varlen.check(inputs, varlen.Options(**options))
+    return varlen.empty_output(inputs), varlen.empty_logsumexp(inputs)
 
 
 def _fake_varlen(*args: Any, **options: Any) -> Tensor:

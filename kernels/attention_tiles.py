@@ -115,6 +115,28 @@ def band(window_left, window_right, len_q, len_kv, IS_CAUSAL: tl.constexpr):
 
 
 @triton.jit
+def keys_of_tile(
+    start_m, len_kv, left, right, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    IS_CAUSAL: tl.constexpr,
+):  # fmt: skip
+    """Which keys the queries from `start_m` see: `full`, a multiple of BLOCK_N, and `stop`.
+
+    None of them sees a key from `stop` on. Without a window (`left` and `right`, see `band`) all of
+    them see the keys before `full`, with one none of them does.
+    """
+    if left is not None:
+        stop = tl.minimum(tl.maximum(start_m + BLOCK_M + right, 0), len_kv)
+        full = tl.minimum(tl.maximum(start_m + left, 0), stop) // BLOCK_N * BLOCK_N
+    elif IS_CAUSAL:
+        full = tl.minimum(start_m + 1, len_kv) // BLOCK_N * BLOCK_N
+        stop = tl.minimum(start_m + BLOCK_M, len_kv)
+    else:
+        full = len_kv // BLOCK_N * BLOCK_N
+        stop = len_kv
+    return full, stop
+
+
+@triton.jit
 def tanh(x):
     """tanh to fp32's precision: a polynomial near 0, where 1 - exp(-2 |x|) would cancel."""
     e = tl.exp2(tl.abs(x) * (-2 * LOG2E))

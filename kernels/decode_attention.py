@@ -22,14 +22,13 @@ import triton.language as tl
 
 from triton_only_backend.kernels import attention_modifiers, hardware
 from triton_only_backend.kernels.arrival import arrival_counters
-from triton_only_backend.kernels.attention_configs import next_power_of_2
 from triton_only_backend.kernels.attention_tiles import band, load_tile
 from triton_only_backend.kernels.dependent_launch import (
     launch_options,
     release_dependents,
     wait_for_producers,
 )
-from triton_only_backend.kernels.flash_attention import padded_head_dim
+from triton_only_backend.kernels.sizes import next_power_of_2, padded_head_dim
 from triton_only_backend.kernels.split_kv import (
     attend_split,
     combine_rows,

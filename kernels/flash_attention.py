@@ -29,13 +29,14 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from triton_only_backend.kernels import attention_modifiers
-from triton_only_backend.kernels.attention_configs import next_power_of_2, without_tma
+from triton_only_backend.kernels.attention_configs import without_tma
 from triton_only_backend.kernels.attention_tiles import (
     LN2,
     LOG2E,
     add_mask,
     band,
     kept_by_dropout,
+    keys_of_tile,
     load_rows,
     load_tile,
     sequence,
@@ -44,6 +45,7 @@ from triton_only_backend.kernels.attention_tiles import (
     visible_end,
 )
 from triton_only_backend.kernels.mask_spans import broadcast_mask_spans, span_of_tile
+from triton_only_backend.kernels.sizes import next_power_of_2, padded_head_dim
 
 if TYPE_CHECKING:
     from triton_only_backend.kernels.attention_configs import FlashConfig
@@ -201,14 +203,7 @@ def flash_attention_kernel(
     right = None
     if window_left is not None:
         left, right = band(window_left, window_right, len_q, len_kv, IS_CAUSAL)
-        stop = tl.minimum(tl.maximum(start_m + BLOCK_M + right, 0), len_kv)
-        full = tl.minimum(tl.maximum(start_m + left, 0), stop) // BLOCK_N * BLOCK_N
-    elif IS_CAUSAL:
-        full = tl.minimum(start_m + 1, len_kv) // BLOCK_N * BLOCK_N
-        stop = tl.minimum(start_m + BLOCK_M, len_kv)
-    else:
-        full = len_kv // BLOCK_N * BLOCK_N
-        stop = len_kv
+    full, stop = keys_of_tile(start_m, len_kv, left, right, BLOCK_M, BLOCK_N, IS_CAUSAL)
     # Keys before `full` need no mask where its spans are known.
     MASK_FULL: tl.constexpr = HAS_MASK and spans_ptr is None
     if spans_ptr is not None:
@@ -251,11 +246,6 @@ def flash_attention_kernel(
     if HAS_LSE:
         lse_ptrs = lse_ptr + b * stride_lse_b + h * stride_lse_h + rows * stride_lse_m
         tl.store(lse_ptrs, (row_max + tl.log2(row_sum)) * LN2, mask=row_valid)
-
-
-def padded_head_dim(head_dim: int) -> int:
-    """The tile width that holds a head dimension: a power of two that `tl.dot` takes."""
-    return max(16, next_power_of_2(head_dim))
 
 
 def heads_in_cache(bytes_of_group: int, group_size: int, num_heads: int) -> int:

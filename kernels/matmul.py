@@ -8,11 +8,11 @@ from triton_only_backend.errors import UnsupportedProblemError
 from triton_only_backend.kernels import hardware
 from triton_only_backend.kernels.epilogue import NO_EPILOGUE, Epilogue
 from triton_only_backend.kernels.gemm import gemm
+from triton_only_backend.kernels.gemm_choice import select_config
 from triton_only_backend.kernels.gemm_configs import (
     EpilogueTraits,
     GemmProblem,
     bucket,
-    select_config,
     with_staging,
 )
 from triton_only_backend.kernels.gemm_tma import gemm_tma, has_aligned_rows
@@ -20,12 +20,12 @@ from triton_only_backend.kernels.gemv import gemv
 from triton_only_backend.kernels.limits import DTYPES
 
 
-def float32_precision(device: torch.device) -> str:
-    """How fp32 operands are multiplied: "ieee", or "tf32" where the user allowed it.
+def precision_of(operand: torch.Tensor) -> str:
+    """How an operand is multiplied: "ieee", or "tf32" in fp32 where the user allowed it.
 
     Follows `torch.set_float32_matmul_precision`, as cuBLAS does.
     """
-    if device.type != "cuda":
+    if operand.dtype != torch.float32 or operand.device.type != "cuda":
         return "ieee"
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
@@ -108,7 +108,7 @@ def matmul(
     batch, M, K = a.shape
     N = b.shape[2]
     bias = None if bias is None or beta == 0 else bias.expand(batch, M, N)
-    precision = float32_precision(out.device) if a.dtype == torch.float32 else "ieee"
+    precision = precision_of(a)
     problem = GemmProblem(
         batch=batch,
         M=bucket(M),

@@ -44,11 +44,18 @@ def nested_attention(
     """Attention of jagged tensors (B, H, j, D), with the arguments of PyTorch's function.
 
     Raises:
-        UnsupportedProblemError: see `why_not`; a dtype or a head dimension that is not taken.
+        UnsupportedProblemError: see `why_not`; a dtype, a head dimension or numbers of heads that
+            are not taken.
     """
     reason = why_not(query, key, value, attn_mask)
     if reason is not None:
         raise UnsupportedProblemError(f"triton_only.attention of nested tensors: {reason}")
+    heads = tuple(t.shape[1] for t in (query, key, value))
+    if not enable_gqa and len(set(heads)) > 1:
+        raise UnsupportedProblemError(
+            f"triton_only.attention of nested tensors: {heads[0]} query heads over {heads[1]} key "
+            f"and {heads[2]} value heads; pass enable_gqa=True to share them"
+        )
     packed = [t.transpose(1, 2) for t in (query, key, value)]
     q, k, v = (t.values() for t in packed)
     rows = packed[0]

@@ -30,7 +30,7 @@ from triton_only_backend.kernels.dependent_launch import (
     launch_options,
     wait_for_producers,
 )
-from triton_only_backend.kernels.flash_attention import padded_head_dim
+from triton_only_backend.kernels.sizes import next_power_of_2, padded_head_dim
 
 if TYPE_CHECKING:
     import torch
@@ -225,7 +225,7 @@ def rope_cache(
     batch, num_heads, len_q, head_dim = query.shape
     num_kv_heads, length, head_dim_v = value_cache.shape[1:]
     # Eight heads of 128 keep a warp's loads at 16 bytes a lane, and a program's at 8 kB.
-    block_h = min(8, triton.next_power_of_2(max(num_heads, 1)))
+    block_h = min(8, next_power_of_2(num_heads))
     blocks = triton.cdiv(num_heads, block_h) + triton.cdiv(num_kv_heads, block_h)
     if batch * len_q == 0:
         return

@@ -15,6 +15,7 @@ the other.
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 import triton
@@ -39,8 +40,7 @@ from triton_only_backend.kernels.dependent_launch import (
     release_dependents,
     wait_for_producers,
 )
-from triton_only_backend.kernels.flash_attention import padded_head_dim
-from triton_only_backend.kernels.matmul import float32_precision
+from triton_only_backend.kernels.matmul import precision_of
 from triton_only_backend.kernels.rope_cache import (
     Rotation,
     load_angles,
@@ -50,12 +50,16 @@ from triton_only_backend.kernels.rope_cache import (
     rotation_of,
     write_slot,
 )
+from triton_only_backend.kernels.sizes import padded_head_dim
 from triton_only_backend.kernels.split_kv import (
     attend_split,
     finish_split,
     prefetch_tiles,
     tiles_to_visit,
 )
+
+if TYPE_CHECKING:
+    from triton_only_backend.kernels.rope_cache_ops import Inputs
 
 Tensor = torch.Tensor
 
@@ -153,15 +157,7 @@ def rope_cache_attention_kernel(
 
 
 def attention_rope_cache(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    positions: Tensor,
-    attn_mask: Tensor | None,
+    x: Inputs,
     out: Tensor,
     *,
     rope: str,
@@ -177,16 +173,17 @@ def attention_rope_cache(
     Raises:
         DeviceError: tensors on a device that Triton cannot drive.
     """
+    query = x.query
     device = hardware.of(query.device)
     batch, num_heads, _, head_dim = query.shape
-    num_kv_heads, len_kv, head_dim_v = value_cache.shape[1:]
+    num_kv_heads, len_kv, head_dim_v = x.value_cache.shape[1:]
     if batch * num_heads == 0:
         return
-    slots = positions.reshape(-1).expand(batch)
-    mask = None if attn_mask is None else attn_mask.expand(batch, num_heads, 1, len_kv)
-    rotation = rotation_of(rope, cos, sin, query)
+    slots = x.positions.reshape(-1).expand(batch)
+    mask = None if x.attn_mask is None else x.attn_mask.expand(batch, num_heads, 1, len_kv)
+    rotation = rotation_of(rope, x.cos, x.sin, query)
     scale = 1.0 / math.sqrt(head_dim) if scale is None else float(scale)
-    precision = float32_precision(query.device) if query.dtype == torch.float32 else "ieee"
+    precision = precision_of(query)
     if config is None:
         problem = AttentionProblem(
             batch=batch, num_heads=num_heads, num_kv_heads=num_kv_heads, len_q=1, len_kv=len_kv,
@@ -199,25 +196,23 @@ def attention_rope_cache(
         one_launch = splits.num_splits == 1 or splits.counters is not None
         if one_launch and device.backend in BARRIER_ORDERS_STORES:
             _launch(
-                query, key, value, rotation, key_cache, value_cache, slots, mask, out, splits,
+                x, rotation, slots, mask, out, splits,
                 is_causal=is_causal, scale=scale, config=config, precision=precision,
             )  # fmt: skip
             return
         rotated = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-        rope_cache(query, key, value, rotation, key_cache, value_cache, slots[:, None], rotated)
+        rope_cache(
+            query, x.key, x.value, rotation, x.key_cache, x.value_cache, slots[:, None], rotated
+        )
         decode_attention(
-            rotated, key_cache, value_cache, mask, out, None,
+            rotated, x.key_cache, x.value_cache, mask, out, None,
             is_causal=is_causal, scale=scale, config=config, precision=precision,
         )  # fmt: skip
 
 
 def _launch(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    x: Inputs,
     rotation: Rotation,
-    key_cache: Tensor,
-    value_cache: Tensor,
     slots: Tensor,
     attn_mask: Tensor | None,
     out: Tensor,
@@ -228,6 +223,7 @@ def _launch(
     config: DecodeConfig,
     precision: str,
 ) -> None:
+    query, key, value, _, _, key_cache, value_cache, *_ = x
     _, num_heads, _, head_dim = query.shape
     num_kv_heads, len_kv, head_dim_v = value_cache.shape[1:]
     group_size = num_heads // num_kv_heads

@@ -6,7 +6,7 @@ positions: the rotated query is what it returns.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -26,34 +26,36 @@ SCHEMAS = (
 )
 
 
-def _check(
-    op: str,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    positions: Tensor,
-    attn_mask: Tensor | None = None,
-    *,
-    rope: str = "half",
-    **_: Any,
-) -> None:
-    """Refuses what the kernels do not cover; the arguments are those of the op named `op`.
+class Inputs(NamedTuple):
+    """The tensors of both ops, of which only one takes a mask; shapes as `_checked` says."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    cos: Tensor | None
+    sin: Tensor | None
+    key_cache: Tensor
+    value_cache: Tensor
+    positions: Tensor
+    attn_mask: Tensor | None = None
+
+
+def _checked(op: str, tensors: tuple[Any, ...], rope: str) -> Inputs:
+    """The arguments of the op named `op`.
 
     Raises:
-        UnsupportedProblemError: naming the arguments, their dtypes and shapes, and a remedy.
+        UnsupportedProblemError: what the kernels do not cover, naming the arguments, their dtypes
+            and shapes, and a remedy.
     """
+    x = Inputs(*tensors)
+    query, key, value, cos, sin, key_cache, value_cache, positions, attn_mask = x
 
     def require(condition: bool, what: str, remedy: str) -> None:
         if not condition:
-            named = {"query": query, "key": key, "value": value, "cos": cos, "sin": sin}
-            named |= {"key_cache": key_cache, "value_cache": value_cache}
-            named |= {"positions": positions, "attn_mask": attn_mask}
             shapes = ", ".join(
-                f"{name} {t.dtype}{list(t.shape)}" for name, t in named.items() if t is not None
+                f"{name} {t.dtype}{list(t.shape)}"
+                for name, t in x._asdict().items()
+                if t is not None
             )
             raise UnsupportedProblemError(
                 f"triton_only.{op}({shapes}, rope={rope!r}): {what}; {remedy}"
@@ -150,6 +152,7 @@ def _check(
             f"the mask does not broadcast to {list(full)}",
             "reshape it",
         )
+    return x
 
 
 def _empty_output(query: Tensor, like: Tensor) -> Tensor:
@@ -159,68 +162,38 @@ def _empty_output(query: Tensor, like: Tensor) -> Tensor:
 
 
 def _attention_rope_cache(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    positions: Tensor,
-    attn_mask: Tensor | None = None,
-    *,
-    rope: str = "half",
-    is_causal: bool = False,
-    scale: float | None = None,
+    *tensors: Any, rope: str = "half", is_causal: bool = False, scale: float | None = None
 ) -> Tensor:
-    _check(
-        "attention_rope_cache",
-        query, key, value, cos, sin, key_cache, value_cache, positions, attn_mask, rope=rope,
-    )  # fmt: skip
-    out = _empty_output(query, value)
+    x = _checked("attention_rope_cache", tensors, rope)
+    out = _empty_output(x.query, x.value)
     load("rope_cache_attention").attention_rope_cache(
-        query, key, value, cos, sin, key_cache, value_cache, positions, attn_mask, out,
-        rope=rope, is_causal=is_causal, scale=scale,
-    )  # fmt: skip
+        x, out, rope=rope, is_causal=is_causal, scale=scale
+    )
     return out
 
 
-def _fake_attention_rope_cache(
-    query: Tensor, key: Tensor, value: Tensor, *rest: Any, **options: Any
-) -> Tensor:
-    _check("attention_rope_cache", query, key, value, *rest, **options)
-    return _empty_output(query, value)
+def _fake_attention_rope_cache(*tensors: Any, rope: str = "half", **_: Any) -> Tensor:
+    x = _checked("attention_rope_cache", tensors, rope)
+    return _empty_output(x.query, x.value)
 
 
-def _rope_cache(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    positions: Tensor,
-    *,
-    rope: str = "half",
-) -> Tensor:
-    _check("rope_cache", query, key, value, cos, sin, key_cache, value_cache, positions, rope=rope)
-    out = _empty_output(query, query)
-    batch, _, len_q, _ = query.shape
-    slots = (positions[:, None] if len_q == 1 and positions.dim() == 1 else positions).expand(
-        batch, len_q
-    )
-    rotation = load("rope_cache").rotation_of(rope, cos, sin, query)
-    with load("hardware").guard(query):
+def _rope_cache(*tensors: Any, rope: str = "half") -> Tensor:
+    x = _checked("rope_cache", tensors, rope)
+    out = _empty_output(x.query, x.query)
+    batch, _, len_q, _ = x.query.shape
+    one_each = len_q == 1 and x.positions.dim() == 1
+    slots = (x.positions[:, None] if one_each else x.positions).expand(batch, len_q)
+    rotation = load("rope_cache").rotation_of(rope, x.cos, x.sin, x.query)
+    with load("hardware").guard(x.query):
         load("rope_cache").rope_cache(
-            query, key, value, rotation, key_cache, value_cache, slots, out
+            x.query, x.key, x.value, rotation, x.key_cache, x.value_cache, slots, out
         )
     return out
 
 
-def _fake_rope_cache(query: Tensor, *rest: Any, **options: Any) -> Tensor:
-    _check("rope_cache", query, *rest, **options)
-    return _empty_output(query, query)
+def _fake_rope_cache(*tensors: Any, rope: str = "half") -> Tensor:
+    x = _checked("rope_cache", tensors, rope)
+    return _empty_output(x.query, x.query)
 
 
 IMPLEMENTATIONS = {

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from triton_only_backend import database, settings
-from triton_only_backend.errors import TritonOnlyError
+from triton_only_backend.kernels.shipped_tables import shipped_tables
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -31,14 +31,15 @@ if TYPE_CHECKING:
 log = logging.getLogger("triton_only")
 
 KERNELS = Path(__file__).parent
-TABLES = KERNELS / "tables"
-TABLE_FORMAT = 1
-# Sources of the kernels of each kind: what is measured with others says nothing of these.
+# The kernels of each kind, by their files: what is measured with others says nothing of these.
 SOURCES = {
-    "gemm": ("gemm.py", "gemm_tma.py", "gemv.py", "split_k.py", "epilogue.py"),
-    "flash_attention": ("flash_attention.py", "attention_tiles.py"),
-    "decode_attention": ("decode_attention.py", "attention_tiles.py", "split_kv.py"),
-}
+    "gemm": ("gemm", "gemm_tma", "gemv", "split_k", "epilogue", "dependent_launch"),
+    "flash_attention": ("flash_attention", "attention_tiles", "mask_spans", "dependent_launch"),
+    "decode_attention": (
+        "decode_attention", "split_kv", "flash_attention", "attention_tiles", "mask_spans",
+        "dependent_launch",
+    ),
+}  # fmt: skip
 
 
 class Problem(Protocol):
@@ -241,7 +242,7 @@ def source_hash(kind: str) -> str:
     """Hash of the sources of a kind's kernels."""
     digest = hashlib.sha256()
     for name in SOURCES[kind]:
-        digest.update((KERNELS / name).read_bytes())
+        digest.update((KERNELS / f"{name}.py").read_bytes())
     return digest.hexdigest()[:16]
 
 
@@ -273,39 +274,3 @@ def forget() -> None:
     """Reads everything anew when it is next needed: after a search has added to the database."""
     for cached in (_select, entries, _rows, fingerprint):
         cached.cache_clear()
-
-
-class TableError(TritonOnlyError, ValueError):
-    """A shipped table that is not what `triton-only tune --export` writes."""
-
-
-@functools.cache
-def shipped_tables() -> tuple[dict[str, Any], ...]:
-    """The tables of this installation, by file name."""
-    return tuple(read_table(path) for path in sorted(TABLES.glob("*.json")))
-
-
-def read_table(path: Path) -> dict[str, Any]:
-    """A table: gpu, arch, triton, and `entries`, by kind the configurations by problem.
-
-    Raises:
-        TableError: it has another form.
-    """
-    try:
-        table: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if table["format"] != TABLE_FORMAT:
-            raise ValueError(f"format {table['format']}, not {TABLE_FORMAT}")
-        table["entries"] = {
-            kind: {_canonical(row["problem"]): _canonical(row["config"]) for row in rows}
-            for kind, rows in table["entries"].items()
-        }
-        return {key: table[key] for key in ("gpu", "arch", "triton", "entries")}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise TableError(
-            f"triton_only: {path} is no table of configurations ({error!r}); "
-            "write it anew with triton-only tune --export"
-        ) from error
-
-
-def _canonical(fields: Mapping[str, Any]) -> str:
-    return json.dumps(dict(fields), sort_keys=True, separators=(",", ":"))

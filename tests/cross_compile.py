@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
 from triton_only_backend.kernels import hardware
 from triton_only_backend.kernels.hardware import Hardware
 from triton_only_backend.tuning.cross_compile import Compiled as Compiled
@@ -25,3 +32,22 @@ def compile_for(target: str) -> list[Compiled]:
     backend, arch, device = TARGETS[target]
     hardware.of = lambda _: device  # type: ignore[assignment]
     return compile_only(Target(backend, arch, 64 if backend == "hip" else 32))
+
+
+def rows_of(program: str, *arguments: str) -> list[Any]:
+    """What a program prints, a line of JSON each, in a process where Triton compiles.
+
+    Args:
+        program: the path of a file, or Python text; either may import this module.
+    """
+    tests = Path(__file__).resolve().parent
+    environ = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    paths = [str(tests.parent), str(tests), environ.get("PYTHONPATH", "")]
+    environ["PYTHONPATH"] = os.pathsep.join(paths)
+    how = [program] if program.endswith(".py") else ["-c", program]
+    done = subprocess.run(
+        [sys.executable, *how, *arguments],
+        capture_output=True, text=True, check=False, env=environ,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]

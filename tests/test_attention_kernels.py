@@ -5,11 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from attention_reference import DEVICE, DTYPES, reference, tensors
 
 from triton_only_backend.kernels import attention_configs, hardware
+from triton_only_backend.kernels.attention_backward_configs import (
+    BackwardConfig,
+    select_backward_config,
+)
 from triton_only_backend.kernels.attention_configs import (
     AttentionProblem,
-    BackwardConfig,
     DecodeConfig,
     FlashConfig,
 )
@@ -17,33 +21,11 @@ from triton_only_backend.kernels.decode_attention import decode_attention
 from triton_only_backend.kernels.flash_attention import flash_attention, tma_can_load
 from triton_only_backend.kernels.flash_attention_backward import flash_attention_backward
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 KERNELS = ("flash", "decode")
 needs_tma = pytest.mark.skipif(
     DEVICE.type == "cuda" and torch.cuda.get_device_capability() < (9, 0),
     reason="the tensor memory accelerator needs Hopper",
 )
-
-
-def reference(query, key, value, attn_mask, is_causal, scale):
-    """Output and log-sum-exp in fp64, by the mathematics of F.scaled_dot_product_attention."""
-    group = query.shape[1] // key.shape[1]
-    query, key, value = query.double(), key.double(), value.double()
-    key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
-    scores = scale * query @ key.mT
-    if attn_mask is not None:
-        bias = attn_mask
-        if attn_mask.dtype == torch.bool:
-            bias = torch.zeros_like(attn_mask, dtype=torch.float64)
-            bias = bias.masked_fill(~attn_mask, float("-inf"))
-        scores = scores + bias.double()
-    if is_causal:
-        visible = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-        scores = scores.masked_fill(~visible, float("-inf"))
-    unseen = (scores == float("-inf")).all(-1, keepdim=True)
-    weights = scores.softmax(-1).masked_fill(unseen, 0.0)
-    return weights @ value, scores.logsumexp(-1)
 
 
 def problem_of(query, key, value, attn_mask, is_causal):
@@ -96,7 +78,9 @@ def check(kernel, query, key, value, attn_mask=None, is_causal=False, scale=None
     """The kernel's error is at most twice that of torch's attention in the same dtype."""
     out, lse = attend(kernel, query, key, value, attn_mask, is_causal, scale, config)
     real_scale = query.shape[-1] ** -0.5 if scale is None else scale
-    expected, expected_lse = reference(query, key, value, attn_mask, is_causal, real_scale)
+    expected, expected_lse = reference(
+        query, key, value, attn_mask, real_scale, is_causal=is_causal
+    )
     mask = attn_mask
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.to(query.dtype)
@@ -113,19 +97,6 @@ def check(kernel, query, key, value, attn_mask=None, is_causal=False, scale=None
     granted = 4 * unit if query.dtype == torch.float32 else unit
     assert error <= 2 * torch_error + granted, f"error {error:.3g}, torch's {torch_error:.3g}"
     torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=1e-5)
-
-
-def tensors(batch, heads, kv_heads, len_q, len_kv, dim, dim_v=None, dtype=torch.float32, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-
-    def make(*shape):
-        return torch.randn(*shape, generator=generator).to(dtype).to(DEVICE)
-
-    return (
-        make(batch, heads, len_q, dim),
-        make(batch, kv_heads, len_kv, dim),
-        make(batch, kv_heads, len_kv, dim if dim_v is None else dim_v),
-    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
@@ -206,7 +177,7 @@ def test_causal_and_masked_together(kernel):
     mask = torch.randn(1, 1, 9, 41, generator=torch.Generator().manual_seed(2)).to(DEVICE)
     query, key, value = tensors(2, 2, 2, 9, 41, 32)
     out, lse = attend(kernel, query, key, value, mask, is_causal=True)
-    expected, expected_lse = reference(query, key, value, mask, True, 32**-0.5)
+    expected, expected_lse = reference(query, key, value, mask, 32**-0.5, is_causal=True)
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=1e-5)
 
@@ -242,7 +213,7 @@ def test_layouts(kernel, layout):
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_strided_outputs(kernel):
     query, key, value = tensors(2, 3, 3, 10, 20, 16)
-    expected, expected_lse = reference(query, key, value, None, False, 0.25)
+    expected, expected_lse = reference(query, key, value, None, 0.25)
     out = torch.zeros(2, 10, 3, 16, device=DEVICE).transpose(1, 2)
     lse = torch.zeros(3, 10, 2, device=DEVICE).permute(2, 0, 1)
     problem = problem_of(query, key, value, None, False)
@@ -285,7 +256,7 @@ def test_nan_propagates(kernel, splits, where):
         FlashConfig(16, 16, 4, 1) if kernel == "flash" else DecodeConfig(16, splits, 4, 1, 16, 4)
     )
     out, _ = attend(kernel, **inputs, config=config)
-    expected, _ = reference(*inputs.values(), None, False, 0.25)
+    expected, _ = reference(*inputs.values(), None, 0.25)
     assert torch.equal(out.isnan(), expected.isnan())
 
 
@@ -343,7 +314,7 @@ def gradients(query, key, value, attn_mask, is_causal, scale, config=None, forwa
     grad_out = grad_out.to(out.dtype).to(out.device)
     problem = problem_of(query, key, value, attn_mask, is_causal)
     if config is None:
-        config = attention_configs.select_backward_config(problem, hardware.of(query.device))
+        config = select_backward_config(problem, hardware.of(query.device))
     if attn_mask is not None:
         attn_mask = attn_mask.expand(*query.shape[:3], key.shape[2])
     grads = [torch.full(x.shape, float("nan"), dtype=x.dtype) for x in (query, key, value)]
@@ -370,7 +341,7 @@ def check_gradients(query, key, value, attn_mask=None, is_causal=False, scale=No
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     actual, grad_out = gradients(query, key, value, attn_mask, is_causal, scale, **options)
     exact = [x.double().detach().requires_grad_() for x in (query, key, value)]
-    out, _ = reference(*exact, attn_mask, is_causal, scale)
+    out, _ = reference(*exact, attn_mask, scale, is_causal=is_causal)
     expected = torch.autograd.grad(out, exact, grad_out.double())
     leaves = [x.detach().clone().requires_grad_() for x in (query, key, value)]
     mask = attn_mask

@@ -246,3 +246,15 @@ def test_nested_tensors_that_are_not_taken_are_refused_with_the_reason(device):
     x = heads_of(jagged(0, device))
     with pytest.raises(UnsupportedProblemError, match="mask"), tob.eager():
         F.scaled_dot_product_attention(x, x, x, torch.ones(3, 3, device=device))
+
+
+def test_heads_of_nested_tensors_are_shared_on_request(device):
+    query = jagged(0, device, heads=4).unflatten(-1, (4, 8)).transpose(1, 2)
+    key = heads_of(jagged(1, device))
+    with tob.eager():
+        with pytest.raises(UnsupportedProblemError, match="4 query heads over 2 key and 2 value"):
+            F.scaled_dot_product_attention(query, key, key)
+        out = F.scaled_dot_product_attention(query, key, key, enable_gqa=True)
+    last = [t.transpose(1, 2).unbind()[-1].transpose(0, 1)[None] for t in (query, key, out)]
+    expected = F.scaled_dot_product_attention(last[0], last[1], last[1], enable_gqa=True)
+    torch.testing.assert_close(last[2], expected, rtol=1e-4, atol=1e-5)

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from cross_compile import TARGETS, rows_of
 
-from triton_only_backend.kernels import tuned
+from triton_only_backend.kernels.shipped_tables import shipped_tables
 
 SCRIPT = """
 import json, sys
-sys.path.insert(0, sys.argv[1])
 import cross_compile
-target = sys.argv[2]
+target = sys.argv[1]
 hardware = cross_compile.TARGETS[target][2]
 from triton_only_backend.tuning import compilation
 from triton_only_backend.tuning.cross_compile import Target
@@ -26,12 +22,12 @@ compiled = compilation._compiled
 import torch
 import triton_only_backend
 from triton_only_backend.kernels import matmul
-from triton_only_backend.kernels.gemm_configs import select_config
+from triton_only_backend.kernels.gemm_choice import select_config
 from triton_only_backend.tuning.compilation import Job, compiled_as
 from triton_only_backend.tuning.spaces import decode_problem
 from triton_only_backend.tuning.trial import call, fp32_precision
 
-work = json.loads(sys.argv[3])
+work = json.loads(sys.argv[2])
 def report(problem, before):
     for c in compiled[before:]:
         row = dict(name=c.name, registers=c.registers, spilled=c.spilled,
@@ -76,7 +72,7 @@ QUICK = {
 # Every problem of every table: on the table's own architecture its configuration, elsewhere the
 # heuristic's choice.
 IN_TABLES = sorted(
-    {problem for table in tuned.shipped_tables() for problem in table["entries"].get("gemm", {})}
+    {problem for table in shipped_tables() for problem in table["entries"].get("gemm", {})}
 )
 ALL = {
     "shapes": [
@@ -96,31 +92,15 @@ ALL = {
 
 
 def compile_for(target: str, work: dict) -> list[dict]:
-    environ = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    run = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(Path(__file__).parent), target, json.dumps(work)],
-        capture_output=True,
-        text=True,
-        env=environ,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr[-2000:]
-    return [json.loads(line) for line in run.stdout.splitlines()]
+    return rows_of(SCRIPT, target, json.dumps(work))
 
 
 def check(target: str, rows: list[dict]) -> None:
-    from cross_compile import TARGETS
-
     limit = TARGETS[target][2].shared_memory
     for row in rows:
         assert row["shared"] <= limit, row
         # Of no weight: two or four registers that ptxas keeps on the stack below its limit of 255.
         assert row["spilled"] <= 16, row
-
-
-@pytest.fixture(autouse=True)
-def tests_folder(monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parent))
 
 
 @pytest.mark.parametrize("target", ["sm80", "sm90", "gfx942"])

@@ -7,49 +7,18 @@ than interprets. By hand, `python tests/test_decode_attention.py sm90` prints it
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
 import sys
-from pathlib import Path
 
+import cross_compile
 import pytest
 import torch
 import torch.nn.functional as F
+from attention_reference import DEVICE, DTYPES, reference, tensors
 
 from triton_only_backend.kernels.attention_configs import DecodeConfig
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 THREE_SPLITS = DecodeConfig(16, 3, 4, 1, 16, 4)
-
-
-def reference(query, key, value, mask, scale, softcap=0.0):
-    """Output and log-sum-exp in fp64; `mask` is None, boolean or added to the scores."""
-    group = query.shape[1] // key.shape[1]
-    key, value = (x.double().repeat_interleave(group, 1) for x in (key, value))
-    scores = scale * query.double() @ key.mT
-    if softcap:
-        scores = softcap * torch.tanh(scores / softcap)
-    if mask is not None and mask.dtype == torch.bool:
-        scores = scores.masked_fill(~mask, float("-inf"))
-    elif mask is not None:
-        scores = scores + mask.double()
-    unseen = (scores == float("-inf")).all(-1, keepdim=True)
-    return scores.softmax(-1).masked_fill(unseen, 0.0) @ value, scores.logsumexp(-1)
-
-
-def tensors(batch, heads, kv_heads, len_q, len_kv, dim, dim_v=None, dtype=torch.float32, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-
-    def make(*shape):
-        return torch.randn(*shape, generator=generator).to(dtype).to(DEVICE)
-
-    return (
-        make(batch, heads, len_q, dim),
-        make(batch, kv_heads, len_kv, dim),
-        make(batch, kv_heads, len_kv, dim_v or dim),
-    )
 
 
 def attend(query, key, value, mask=None, *, config=THREE_SPLITS, scale=None, modifiers=None):
@@ -196,7 +165,7 @@ def test_window_and_soft_cap(launches):
         visible = (distance >= -left) | (left < 0)
         visible &= (distance <= right) | (right < 0)
         out, lse = attend(query, key, value, modifiers=Modifiers(softcap=1.5, window=window))
-        expected, expected_lse = reference(query, key, value, visible.to(DEVICE), 0.25, 1.5)
+        expected, expected_lse = reference(query, key, value, visible.to(DEVICE), 0.25, softcap=1.5)
         torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=1e-5)
 
@@ -274,25 +243,12 @@ CASES = [
 ]
 
 
-def compiled_rows(target):
-    """A row a kernel of each case, from a process that compiles for the target."""
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    root = Path(__file__).resolve().parent.parent
-    environment["PYTHONPATH"] = os.pathsep.join([str(root), environment.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, __file__, target],
-        capture_output=True, text=True, check=False, env=environment,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads(line) for line in done.stdout.splitlines()]
-
-
 @pytest.mark.parametrize(
     "target",
     [t if t == "sm90" else pytest.param(t, marks=pytest.mark.exhaustive) for t in TARGETS],
 )
 def test_kernels_compile(target):
-    rows = compiled_rows(target)
+    rows = cross_compile.rows_of(__file__, target)
     names = {row["kernel"] for row in rows}
     fused, fusable = target.startswith("sm"), sum(case[-1] is not None for case in CASES)
     assert len(rows) == 3 * len(CASES) + fusable * (1 if fused else 2)
@@ -332,13 +288,12 @@ def slot_first(ptx):
 
 def compile_cases(target):
     """Prints a row of JSON for each kernel of each case, with counters and without."""
-    import cross_compile
-
     compiled = cross_compile.compile_for(target)
 
     from triton_only_backend.kernels import attention_configs as configs
     from triton_only_backend.kernels import decode_attention as module
     from triton_only_backend.kernels.rope_cache_attention import attention_rope_cache
+    from triton_only_backend.kernels.rope_cache_ops import Inputs
 
     gpu = cross_compile.TARGETS[target][2]
     for name, dim, heads, kv_heads, length, mask, rope in CASES:
@@ -364,10 +319,12 @@ def compile_cases(target):
                 width = dim if rope == "half" else dim // 2
                 angles = None if rope == "none" else empty(2, 1, width)
                 key = empty(2, 1, kv_heads, dim).transpose(1, 2)
+                inputs = Inputs(
+                    query, key, key, angles, angles, cache, cache, empty(1, dtype=torch.int64), bias
+                )
                 attention_rope_cache(
-                    query, key, key, angles, angles, cache, cache, empty(1, dtype=torch.int64),
-                    bias, out, rope=rope, is_causal=False, scale=None, config=config,
-                )  # fmt: skip
+                    inputs, out, rope=rope, is_causal=False, scale=None, config=config
+                )
             else:
                 module.decode_attention(
                     query, cache, cache, None if bias is None else bias.expand(2, heads, 1, length),

@@ -214,6 +214,13 @@ def test_attention_is_accurate(is_causal, device, small_tiles):
     attend(device, is_causal=False, mask=True)
 
 
+# Where what a file defines is called from, and its name there.
+CALLED = {
+    "flash_attention": ("sdpa", "flash_attention"),
+    "flash_attention_backward": ("sdpa", "flash_attention_backward"),
+    "key_value_gradient": ("flash_attention_backward", "key_value_gradient_kernel"),
+    "query_gradient": ("flash_attention_backward", "query_gradient_kernel"),
+}
 ATTENTION_FAULTS = {
     "causal, the diagonal hidden": (
         "flash_attention",
@@ -246,9 +253,15 @@ ATTENTION_FAULTS = {
         {"is_causal": False, "mask": True},
     ),
     "causal, the diagonal hidden in the backward": (
-        "flash_attention_backward",
+        "key_value_gradient",
         "p = tl.where(offs_n[:, None] > offs_m[None, :], 0.0, p)\n        weights",
         "p = tl.where(offs_n[:, None] >= offs_m[None, :], 0.0, p)\n        weights",
+        {"is_causal": True},
+    ),
+    "causal, the diagonal hidden from the query's gradient": (
+        "query_gradient",
+        "p = tl.where(offs_n[None, :] > offs_m[:, None], 0.0, p)",
+        "p = tl.where(offs_n[None, :] >= offs_m[:, None], 0.0, p)",
         {"is_causal": True},
     ),
     "delta forgotten in the backward": (
@@ -263,9 +276,9 @@ ATTENTION_FAULTS = {
 @pytest.mark.cpu
 @pytest.mark.parametrize("fault", ATTENTION_FAULTS)
 def test_a_fault_of_attention_is_found(fault, plant, device, monkeypatch, small_tiles):
-    from triton_only_backend.kernels import sdpa
-
     name, old, new, options = ATTENTION_FAULTS[fault]
-    monkeypatch.setattr(sdpa, name, getattr(plant(name, old, new), name))
+    caller, called = CALLED[name]
+    module = importlib.import_module(f"{KERNELS}.{caller}")
+    monkeypatch.setattr(module, called, getattr(plant(name, old, new), called))
     with pytest.raises(AssertionError, match=r"not accurate|NaN too many"):
         attend(device, **options)

@@ -13,16 +13,15 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from triton_only_backend.kernels.gemm_choice import fit_stages, heuristic_config
 from triton_only_backend.kernels.gemm_configs import (
     GEMV_MAX_ROWS,
     GemmConfig,
     GemmProblem,
-    fit_stages,
     has_descriptors,
-    heuristic_config,
-    next_power_of_2,
     supports,
 )
+from triton_only_backend.kernels.sizes import next_power_of_2
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

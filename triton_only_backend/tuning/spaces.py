@@ -13,7 +13,8 @@ from triton_only_backend.kernels.attention_configs import (
     heuristic_decode_config,
     heuristic_flash_config,
 )
-from triton_only_backend.kernels.gemm_configs import GemmConfig, GemmProblem, heuristic_config
+from triton_only_backend.kernels.gemm_choice import heuristic_config
+from triton_only_backend.kernels.gemm_configs import GemmConfig, GemmProblem
 from triton_only_backend.tuning import attention_space, gemm_space
 
 if TYPE_CHECKING:

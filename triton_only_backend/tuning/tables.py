@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from triton_only_backend import files
 from triton_only_backend.database import MEASURED, Database, DatabaseError, Place
 from triton_only_backend.kernels import tuned
+from triton_only_backend.kernels.shipped_tables import TABLE_FORMAT
 from triton_only_backend.tuning import spaces
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def export(database: Database, path: Path, gpu: str | None = None) -> int:
 def render(place: Place, problems: dict[tuple[str, str], tuple[float, str]]) -> str:
     """A table as text: a problem a line, sorted, so that two tables compare line by line."""
     head = {
-        "format": tuned.TABLE_FORMAT, "gpu": place.gpu, "arch": place.arch, "triton": place.triton
+        "format": TABLE_FORMAT, "gpu": place.gpu, "arch": place.arch, "triton": place.triton
     }  # fmt: skip
     kinds = []
     for kind in sorted({kind for kind, _ in problems}):

@@ -1,0 +1,257 @@
+"""Which GEMM kernel, tile and work decomposition for a problem: pure functions of integers.
+
+`select_config` takes what was measured (see `tuned`), and else `heuristic_config`.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import TYPE_CHECKING
+
+from triton_only_backend.kernels import tuned
+from triton_only_backend.kernels.gemm_configs import (
+    GEMV_MAX_ROWS,
+    SKINNY_MAX_ROWS,
+    GemmConfig,
+    GemmProblem,
+    supports,
+)
+from triton_only_backend.kernels.sizes import next_power_of_2
+
+if TYPE_CHECKING:
+    from triton_only_backend.kernels.hardware import Hardware
+
+
+def select_config(problem: GemmProblem, hardware: Hardware) -> GemmConfig:
+    """The configuration measured best, or else the heuristic's."""
+    return tuned.select("gemm", problem, hardware, GemmConfig, supports, heuristic_config)
+
+
+@functools.lru_cache(maxsize=4096)
+def heuristic_config(problem: GemmProblem, hardware: Hardware) -> GemmConfig:
+    """The configuration the heuristic chooses."""
+    if hardware.is_interpreter:
+        return _interpreted(problem)
+    if not problem.aligned:
+        return _unaligned(problem, hardware)
+    if problem.M <= GEMV_MAX_ROWS and problem.M <= problem.N:
+        return _gemv(problem, hardware, swap=False)
+    if problem.N <= GEMV_MAX_ROWS:
+        return _gemv(problem.transposed, hardware, swap=True)
+    if problem.ieee:
+        return _ieee(problem, hardware)
+    if problem.element_size == 2 and hardware.has_wgmma and problem.batch == 1:
+        config = _hopper(problem, hardware)
+        if config is not None:
+            return config
+    if problem.M <= SKINNY_MAX_ROWS and problem.M <= problem.N:
+        return _skinny(problem.transposed, hardware, swap=True)
+    if problem.N <= SKINNY_MAX_ROWS:
+        return _skinny(problem, hardware, swap=False)
+    return _large(problem, hardware)
+
+
+def _interpreted(problem: GemmProblem) -> GemmConfig:
+    # The interpreter's cost is per program and operation: one block for all, memory permitting.
+    block_m = min(max(next_power_of_2(problem.M), 16), 256)
+    block_n = min(max(next_power_of_2(problem.N), 16), 512)
+    block_k = min(max(next_power_of_2(problem.K), 16), 1024)
+    return GemmConfig("gemm", block_m, block_n, block_k, 1, 1, 4, 1, reduce_block=65536)
+
+
+def split_k_for(blocks: int, k_iterations: int, target_blocks: int, minimum: int = 4) -> int:
+    """The least power-of-two split that fills `target_blocks`, each with ≥ minimum iterations."""
+    split_k = 1
+    while blocks * split_k < target_blocks and k_iterations // (split_k * 2) >= minimum:
+        split_k *= 2
+    return split_k
+
+
+def _unaligned(problem: GemmProblem, hardware: Hardware) -> GemmConfig:
+    """Each element has a pointer of its own in registers: small blocks, or they spill."""
+    swap = problem.M < problem.N
+    if swap:
+        problem = problem.transposed
+    block_m = min(64, max(next_power_of_2(problem.M), 16))
+    block_n = min(32, max(next_power_of_2(problem.N), 16))
+    blocks = problem.batch * math.ceil(problem.M / block_m) * math.ceil(problem.N / block_n)
+    split_k = split_k_for(blocks, math.ceil(problem.K / 32), hardware.num_sms)
+    return GemmConfig("gemm", block_m, block_n, 32, split_k, 8, 4, 2, swap)
+
+
+def _gemv(problem: GemmProblem, hardware: Hardware, *, swap: bool) -> GemmConfig:
+    """Measured on an H200, bf16, M = 1 and 2: 16 columns of 256 are level or best for N ≥ 4096."""
+    if not problem.b_k_contiguous:
+        block_n, block_k = 256 // problem.element_size, 64
+    elif problem.batch * problem.N >= 16 * hardware.num_sms:
+        block_n, block_k = 16, 512 // problem.element_size
+    else:
+        # Too few columns to fill the GPU with 16 each: N = 1024 takes 4.9 µs with 4, 6.3 with 16.
+        block_n, block_k = 4, 2048 // problem.element_size
+    block_k = min(block_k, max(next_power_of_2(problem.K), 32))
+    blocks = problem.batch * math.ceil(problem.N / block_n)
+    split_k = split_k_for(blocks, problem.K // block_k, hardware.num_sms)
+    return GemmConfig("gemv", 1, block_n, block_k, split_k, 1, 4, 4, swap)
+
+
+def _skinny(problem: GemmProblem, hardware: Hardware, *, swap: bool) -> GemmConfig:
+    """The problem comes with its long side as M: the weight's rows on the tensor cores' M side.
+
+    Measured on an H200, bf16: 64 rows of the weight × 128 of K, 5 stages deep; 128 rows once there
+    are three blocks a multiprocessor. Splitting K pays only where less than half of the
+    multiprocessors would work, or where K is long enough to hide the reduction's launch.
+    """
+    block_n = max(next_power_of_2(problem.N), 16)
+    block_m = 128 if problem.batch * problem.M >= 3 * 64 * hardware.num_sms else 64
+    block_k = min(256 // problem.element_size, max(next_power_of_2(problem.K), 16))
+    blocks = problem.batch * math.ceil(problem.M / block_m)
+    k_iterations = math.ceil(problem.K / block_k)
+    target = 2 * hardware.num_sms if k_iterations >= 64 else hardware.num_sms // 2
+    split_k = split_k_for(blocks, k_iterations, target)
+    resident = 1 if blocks * split_k <= hardware.num_sms else 2
+    stages = fit_stages(
+        hardware, block_m, block_n, block_k, problem.element_size, most=5, blocks=resident
+    )
+    return GemmConfig("gemm", block_m, block_n, block_k, split_k, 8, 4, max(stages, 2), swap)
+
+
+def _ieee(problem: GemmProblem, hardware: Hardware) -> GemmConfig:
+    # No tensor cores: fused multiply-adds, register-bound; 64 × 64 keeps 4 warps free of spills.
+    block_m = min(64, max(next_power_of_2(problem.M), 16))
+    block_n = min(64, max(next_power_of_2(problem.N), 16))
+    blocks = problem.batch * math.ceil(problem.M / block_m) * math.ceil(problem.N / block_n)
+    split_k = split_k_for(blocks, math.ceil(problem.K / 32), hardware.num_sms)
+    stages = fit_stages(hardware, block_m, block_n, 32, 4, most=2, blocks=1)
+    return GemmConfig("gemm", block_m, block_n, 32, split_k, 8, 4, stages)
+
+
+def fit_stages(
+    hardware: Hardware,
+    block_m: int,
+    block_n: int,
+    block_k: int,
+    element_size: int,
+    *,
+    most: int,
+    blocks: int,
+) -> int:
+    """The deepest pipeline with which `blocks` blocks share one multiprocessor's memory."""
+    stage = (block_m + block_n) * block_k * element_size
+    memory = hardware.shared_memory // blocks
+    if hardware.backend == "hip":  # the newest stage is in registers
+        return max(1, min(most, memory // stage + 1))
+    return max(1, min(most, (memory - 1024) // stage))
+
+
+# BLOCK_M, BLOCK_N, BLOCK_K, warps, stages, halves of the store; µs that one multiprocessor of an
+# H200 takes for such a tile with K = 4096, bf16 (one full wave, less 2.5 µs for launch and fill).
+_HOPPER_TILES = (
+    (64, 64, 128, 4, 6, False, 8.4),
+    (64, 128, 128, 4, 4, False, 14.3),
+    (64, 256, 64, 4, 5, True, 22.5),
+    (128, 128, 64, 8, 6, True, 22.6),
+    (128, 256, 64, 8, 4, True, 42.0),
+)
+_HOPPER_BYTES_PER_US = 4.2e6
+_HOPPER_REDUCTION_US = 5.0
+
+
+def _hopper(problem: GemmProblem, hardware: Hardware) -> GemmConfig | None:
+    """Descriptor kernels on Hopper; None where another kernel measured better."""
+    if min(problem.M, problem.N) <= 32:
+        if problem.M <= problem.N:
+            return _hopper_skinny(problem.transposed, hardware, swap=True)
+        return _hopper_skinny(problem, hardware, swap=False)
+    return hopper_choice(problem, hardware)[1]
+
+
+def hopper_choice(
+    problem: GemmProblem, hardware: Hardware, *, may_split: bool = True
+) -> tuple[float, GemmConfig]:
+    """The tiles and split of the persistent kernel with the least time, and that time in µs."""
+    read = (problem.M + problem.N) * problem.K * problem.element_size / _HOPPER_BYTES_PER_US
+    best: tuple[float, GemmConfig] | None = None
+    for block_m, block_n, block_k, warps, stages, halves, tile_us in _HOPPER_TILES:
+        tiles = math.ceil(problem.M / block_m) * math.ceil(problem.N / block_n)
+        for split_k in (1, 2, 4) if may_split else (1,):
+            if split_k > 1 and problem.K // split_k < 8 * block_k:
+                break
+            waves = math.ceil(tiles * split_k / hardware.num_sms)
+            compute = 2.5 + waves * tile_us * problem.K / split_k / 4096
+            if split_k > 1:
+                partials = 8 * split_k * problem.M * problem.N / _HOPPER_BYTES_PER_US
+                compute += _HOPPER_REDUCTION_US + partials
+            # Neither hides the other entirely.
+            cost = math.hypot(compute, read)
+            if best is None or cost < best[0]:
+                many = waves >= 5 and block_m * block_n == 32768
+                config = GemmConfig(
+                    "gemm_tma", block_m, block_n, block_k, split_k, 16, warps,
+                    3 if many else stages, store_halves=halves and not many,
+                )  # fmt: skip
+                best = (cost, config)
+    assert best is not None
+    return best
+
+
+def _hopper_skinny(problem: GemmProblem, hardware: Hardware, *, swap: bool) -> GemmConfig | None:
+    """The problem comes with its long side, the weight's rows, as M; N ≤ 32."""
+    block_n = max(next_power_of_2(problem.N), 16)
+    blocks = math.ceil(problem.M / 64)
+    if blocks < hardware.num_sms // 3:
+        return None  # Too few rows to fill the GPU: split-K of the pointer kernel is faster.
+    if blocks >= 3 * hardware.num_sms:
+        shape = (128, block_n, 128, 4)
+    elif problem.K >= 8192:
+        shape = (64, block_n, 128, 8)
+    else:
+        shape = (64, block_n, 256, 4)
+    block_m, block_n, block_k, stages = shape
+    return GemmConfig("gemm_tma", block_m, block_n, block_k, 1, 8, 4, stages, swap)
+
+
+# Tile, warps, blocks that share a multiprocessor, relative speed of the tensor cores on it.
+_LARGE_TILES = (
+    (128, 256, 8, 1, 1.00),
+    (256, 128, 8, 1, 0.95),
+    (128, 128, 8, 1, 0.85),
+    (128, 64, 4, 2, 0.75),
+    (64, 128, 4, 2, 0.75),
+    (64, 64, 4, 2, 0.55),
+)
+
+
+def _large(problem: GemmProblem, hardware: Hardware) -> GemmConfig:
+    """The tile and split with the least time by a model: waves × work of a tile + reduction."""
+    best: tuple[float, GemmConfig] | None = None
+    block_k = 128 // problem.element_size
+    for block_m, block_n, warps, resident, speed in _LARGE_TILES:
+        if block_m * block_n > 16384 and not hardware.has_wgmma:
+            continue  # mma.sync keeps operands in registers too, and spills.
+        stages = fit_stages(
+            hardware, block_m, block_n, block_k, problem.element_size, most=4, blocks=resident
+        )
+        if stages < 2:
+            continue
+        tiles = math.ceil(problem.M / block_m) * math.ceil(problem.N / block_n) * problem.batch
+        k_iterations = math.ceil(problem.K / block_k)
+        for split_k in (1, 2, 4, 8):
+            if split_k > 1 and k_iterations // split_k < 8:
+                break
+            waves = math.ceil(tiles * split_k / (hardware.num_sms * resident)) * resident
+            # In units of one 128 × 256 × block_k step of one multiprocessor (≈ 0.75 µs on an H200).
+            work = waves * math.ceil(k_iterations / split_k) * block_m * block_n / 32768 / speed
+            reduce = 0.0
+            if split_k > 1:
+                bytes_moved = problem.batch * problem.M * problem.N * 4 * 2 * split_k
+                reduce = 5.0 + bytes_moved / (hardware.num_sms * 20_000)
+            cost = work + waves * 2.0 + reduce
+            config = GemmConfig(
+                "gemm", block_m, block_n, block_k, split_k, 8, warps, stages
+            )  # fmt: skip
+            if best is None or cost < best[0]:
+                best = (cost, config)
+    if best is None:
+        return GemmConfig("gemm", 32, 32, 32, 1, 8, 4, 2)
+    return best[1]
