@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from triton_only_backend.bench import attention, plots
+from triton_only_backend.bench import attention, attention_cases, attention_errors, plots
 from triton_only_backend.timing import Ceilings
 
 CPU = torch.device("cpu")
@@ -32,13 +32,13 @@ def without_gpu(monkeypatch):
     monkeypatch.setattr(attention, "flex_call", no_flex)
     monkeypatch.setattr(attention, "BACKENDS", {"math": attention.BACKENDS["math"]})
     monkeypatch.setattr(attention, "PROVIDERS", ("ours", "flex", "math"))
-    monkeypatch.setattr(attention, "copies_for", lambda _: 1)
+    monkeypatch.setattr(attention_cases, "copies_for", lambda _: 1)
 
 
 @pytest.mark.cpu
-@pytest.mark.parametrize("kind", attention.KINDS)
+@pytest.mark.parametrize("kind", attention_cases.KINDS)
 def test_a_row_of_each_kind(kind, without_gpu):
-    case = attention.Case(kind, 1, 1 if kind == "decode" else 24, 24, 8, head_dim=16)
+    case = attention_cases.Case(kind, 1, 1 if kind == "decode" else 24, 24, 8, head_dim=16)
     row = attention.measure_case(case, torch.float32, Ceilings(1e12, 1e12, "made up"))
     assert row["correct"]
     assert row["speedup"] == 1.0
@@ -49,19 +49,19 @@ def test_a_row_of_each_kind(kind, without_gpu):
 
 
 def test_gradients_that_are_wrong_are_found(device):
-    case = attention.Case("training", 2, 24, 24, 8, head_dim=16)
-    operands = attention.make_operands(case, torch.float32, torch.device(device))[0]
+    case = attention_cases.Case("training", 2, 24, 24, 8, head_dim=16)
+    operands = attention_cases.make_operands(case, torch.float32, torch.device(device))[0]
     for operand in operands:
         operand.requires_grad_()
     right = attention.with_gradients(attention.our_call(case))(operands)
     wrong = (right[0], right[1], right[2] * 1.1, right[3])
-    errors = attention.gradient_errors(case, operands, {"right": right, "wrong": wrong})
+    errors = attention_errors.gradient_errors(case, operands, {"right": right, "wrong": wrong})
     assert errors["right"] < 1e-5
     assert errors["wrong"] == pytest.approx(0.1, rel=0.01)
 
 
 def test_work_of_a_training_step():
-    case = attention.Case("full", 2, 512, 512, 32, head_dim=64)
+    case = attention_cases.Case("full", 2, 512, 512, 32, head_dim=64)
     training = dataclasses.replace(case, kind="training")
     assert training.flops == case.flops // 2 * 7 // 2
     assert training.bytes_moved(2) == 3 * case.bytes_moved(2)

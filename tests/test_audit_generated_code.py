@@ -130,9 +130,7 @@ def test_these_calls_are_listed_but_are_no_violation(line, provider):
         "def inner(x):\n    return [extern_kernels.mm(x, y) for y in x]\nreturn inner(a)",
         "c = (lambda x: aten.mm.default(x, x))(a)",
         "c = (mm := aten.mm)(a, b)",
-        "op = aten.mm if flag else torch.ops.aten.mm\nc = op(a, b)"
-        if False
-        else "c = aten.mm(a, b)",
+        "c = aten.mm(a, b)",
         "for _ in range(3):\n    with guard:\n        extern_kernels.mm(a, b, out=c)",
         "if a.numel():\n    extern_kernels.mm(a, b, out=c)",
         "try:\n    extern_kernels.mm(a, b)\nfinally:\n    pass",

@@ -19,6 +19,8 @@ from triton_only_backend.audit.policy import Provider
 from triton_only_backend.bench import (
     ablation,
     attention,
+    attention_cases,
+    attention_errors,
     breakdown,
     gemm,
     generation,
@@ -54,7 +56,7 @@ def test_traffic_of_a_product() -> None:
 
 
 def test_flops_and_bytes_of_attention() -> None:
-    case = attention.Case("full", 2, 512, 1024, 8)
+    case = attention_cases.Case("full", 2, 512, 1024, 8)
     assert case.flops == 4 * 2 * 32 * 512 * 1024 * 128
     assert dataclasses.replace(case, kind="causal").flops * 2 == case.flops
     assert case.bytes_moved(2) == 2 * 2 * 128 * (2 * 32 * 512 + 2 * 8 * 1024)
@@ -122,15 +124,15 @@ def test_gemm_errors_do_not_depend_on_the_chunk(monkeypatch: pytest.MonkeyPatch)
     assert gemm.errors(a, weight, outputs)["half"] == pytest.approx(whole)
 
 
-@pytest.mark.parametrize("kind", attention.KINDS)
+@pytest.mark.parametrize("kind", attention_cases.KINDS)
 @pytest.mark.parametrize("kv_heads", [8, 32])
 def test_attention_errors_agree_with_pytorch(kind: str, kv_heads: int) -> None:
-    case = attention.Case(kind, 1, 1 if kind == "decode" else 24, 24, kv_heads)
-    operands = attention.make_operands(case, torch.float32, torch.device("cpu"))[:1]
+    case = attention_cases.Case(kind, 1, 1 if kind == "decode" else 24, 24, kv_heads)
+    operands = attention_cases.make_operands(case, torch.float32, torch.device("cpu"))[:1]
     call = attention.library_call(case, attention.BACKENDS["math"])
     output = call(operands[0])
     outputs = {"right": output, "shifted": output.roll(1, dims=1)}
-    errors = attention.reference_errors(case, operands[0], outputs)
+    errors = attention_errors.reference_errors(case, operands[0], outputs)
     assert errors["right"] < 1e-6
     assert errors["shifted"] > 0.1
 
@@ -149,9 +151,9 @@ def test_gemm_shapes_are_measured_once() -> None:
 
 
 def test_long_attention_cases_can_be_left_out() -> None:
-    cases = list(attention.Plan("all", "bf16", 8, 2048).cases())
+    cases = list(attention_cases.Plan("all", "bf16", 8, 2048).cases())
     assert max(case.len_kv for case in cases) == 2048
-    assert {case.kind for case in cases} == set(attention.KINDS)
+    assert {case.kind for case in cases} == set(attention_cases.KINDS)
 
 
 def test_gemm_summary() -> None:

@@ -66,12 +66,12 @@ def bench_attention(
     json_path: Json = None,
 ) -> None:
     """Our attention against PyTorch's cuDNN, Flash, efficient, flex and math kernels."""
-    from triton_only_backend.bench import attention
+    from triton_only_backend.bench import attention, attention_cases
 
     if 32 % kv_heads:
         raise UsageError(f"--kv-heads {kv_heads} does not divide the 32 query heads")
-    plan = attention.Plan(
-        kinds=_choice("--cases", cases, [*attention.KINDS, "all"]),
+    plan = attention_cases.Plan(
+        kinds=_choice("--cases", cases, [*attention_cases.KINDS, "all"]),
         dtype=_choice("--dtype", dtype, ["bf16", "fp16"]),
         kv_heads=kv_heads,
         max_length=max_length,

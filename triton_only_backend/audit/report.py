@@ -1,8 +1,6 @@
-"""Joins what the graph knows with what the generated code does, and says it clearly.
+"""What the witnesses say of one compiled graph, or of all of a model's, in every form.
 
-The generated code is the authority: a library call in it is a finding, described by the graph op
-that it came from; an op that the policy flagged, but that Inductor turned into Triton, is none.
-Where no code was seen, the graph's flags count. A profiled run can be joined as the third witness.
+Graph and generated code are joined by `joining`; a profiled run can be added as the third witness.
 """
 
 from __future__ import annotations
@@ -18,14 +16,13 @@ from typing import TYPE_CHECKING, Any
 from triton_only_backend.audit import cudagraphs as cuda_graphs
 from triton_only_backend.audit import pass_rows, reading, render
 from triton_only_backend.audit.findings import Finding as Finding
-from triton_only_backend.audit.findings import from_call, from_op, group, link
+from triton_only_backend.audit.findings import group
+from triton_only_backend.audit.joining import join
 from triton_only_backend.audit.kernel_report import KernelReport
 from triton_only_backend.audit.operations import (
     Coverage,
     OpRow,
     count_by_provider,
-    lowered_ops,
-    rows_of,
     share,
 )
 from triton_only_backend.audit.pass_rows import PassRow
@@ -109,44 +106,22 @@ class AuditReport:
                 were taken apart since; they become notes.
             passes: the results of the passes on this graph.
         """
-        linked: list[GraphOp | None] = []
-        violations: list[CodeCall] = []
-        if calls is None:
-            found = [from_op(op, graph_name) for op in graph_ops if op.is_violation]
-            listed = [from_op(op, graph_name) for op in graph_ops if op.provider.is_listed]
-            operations = Counter(op.provider for op in graph_ops)
-        else:
-            violations = [call for call in calls if call.is_violation]
-            linked = link(violations, graph_ops)
-            found = [from_call(c, o, graph_name) for c, o in zip(violations, linked, strict=True)]
-            listed = [from_call(c, None, graph_name) for c in calls if c.provider.is_listed]
-            operations = Counter()
-            for call in calls:
-                operations[call.provider] += call.count
-        operations.pop(Provider.NONE, None)
+        joined = join(graph_ops, calls, graph_name, refused)
         patterns = list(allow)
         found = [
             replace(f, allowed_by=next(filter(f.matches, patterns), "")) if patterns else f
-            for f in found
+            for f in joined.found
         ]
-        lowered = [] if calls is None else lowered_ops(graph_ops, violations, linked)
-        declined = [op for op in graph_ops if op.refused and not op.is_violation]
-        declined += [op for op in lowered if op.refused]
         return cls(
             findings=group(finding for finding in found if not finding.allowed_by),
             allowed=group(finding for finding in found if finding.allowed_by),
-            operations=dict(operations),
+            operations=joined.operations,
             graphs=[graph_name],
             graph_breaks=_break_texts(graph_breaks),
             environment=dict(environment or {}),
-            listed=group(listed),
-            notes=group(
-                [
-                    *(_note(op, graph_name, Provider.TRITON_INDUCTOR) for op in declined),
-                    *(_note(op, graph_name, Provider.NONE) for op in refused),
-                ]
-            ),
-            ops=rows_of(graph_ops, None if calls is None else violations, linked, graph_name),
+            listed=group(joined.listed),
+            notes=group(joined.notes),
+            ops=joined.ops,
             cudagraphs=cudagraphs,
             allow=patterns,
             passes=pass_rows.rows_of(passes, graph_name),
@@ -309,11 +284,6 @@ class AuditReport:
 
     def __rich__(self) -> RenderableType:
         return render.audit_renderable(self)
-
-
-def _note(op: GraphOp, graph: str, provider: Provider) -> Finding:
-    """A refusal that ended well; an op that was taken apart runs no kernel of its own."""
-    return replace(from_op(op, graph), provider=op.provider if op.provider.is_triton else provider)
 
 
 def _break_texts(breaks: Iterable[str] | Mapping[str, int]) -> list[str]:

@@ -1,16 +1,11 @@
 """Our attention against every kernel behind `scaled_dot_product_attention` and FlexAttention.
 
-32 query heads of 128, as in Llama-3-8B, or of another head dimension. Prefill and training cases
-take queries, keys and values as a model's projections leave them, (batch, length, heads, 128)
-transposed; decode cases a cache, (batch, heads, length, 128), in enough copies that each call reads
-it from memory. A training case is a forward and its backward, causal.
+The cases are in `attention_cases`.
 """
 
 from __future__ import annotations
 
-import math
 import warnings
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,28 +16,22 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from triton_only_backend import environment
 from triton_only_backend.bench import plots
+from triton_only_backend.bench.attention_cases import HEADS, KINDS, Case, Operands, make_operands
+from triton_only_backend.bench.attention_errors import gradient_errors, reference_errors
 from triton_only_backend.bench.gemm import geomean
 from triton_only_backend.bench.models import DTYPES
 from triton_only_backend.bench.record import Record, format_value
-from triton_only_backend.timing import (
-    ceilings,
-    copies_for,
-    measure,
-    poison,
-    repetitions,
-    require_gpu,
-)
+from triton_only_backend.timing import ceilings, measure, poison, repetitions, require_gpu
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
     from pathlib import Path
 
     from rich.console import Console
 
+    from triton_only_backend.bench.attention_cases import Plan
     from triton_only_backend.timing import Ceilings
 
-HEADS, HEAD_DIM = 32, 128
-KINDS = ("causal", "full", "decode", "training")
 PROVIDERS = ("ours", "cudnn", "flash", "efficient", "flex", "math")
 BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -50,143 +39,12 @@ BACKENDS = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
-PREFILL_BATCH = 2
-PREFILL_LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
-DECODE = ((1, 512), (2, 768), (1, 2048), (1, 4096), (1, 8192), (1, 32768), (1, 131072), (4, 4096),
-          (16, 2048), (16, 8192), (64, 1024), (64, 4096))  # fmt: skip
 # Longer than this, gradients are not compared with those in fp64.
 MAX_CHECKED_GRADIENT = 4096
 # Scores that PyTorch's math kernel may hold in memory at once.
 MATH_SCORES = 1 << 31
 # Ours may err this much more than the best library kernel: P is rounded once more or less.
 ERROR_FACTOR = 2.0
-
-
-@dataclass(frozen=True)
-class Case:
-    """Query (batch, 32, len_q, head_dim) over key and value (batch, kv_heads, len_kv, head_dim)."""
-
-    kind: str
-    batch: int
-    len_q: int
-    len_kv: int
-    kv_heads: int
-    head_dim: int = HEAD_DIM
-
-    @property
-    def is_causal(self) -> bool:
-        """Whether a query sees only the keys up to its own place."""
-        return self.kind in ("causal", "training")
-
-    @property
-    def flops(self) -> int:
-        """Operations of the products, masked scores left out: two, and five of a backward."""
-        full = 4 * self.batch * HEADS * self.len_q * self.len_kv * self.head_dim
-        full = full // 2 if self.is_causal else full
-        return full * 7 // 2 if self.kind == "training" else full
-
-    def bytes_moved(self, element_size: int) -> int:
-        """The fewest bytes: operands read once, the output written once.
-
-        A backward reads these and the output's gradient, and writes the operands' gradients.
-        """
-        query = self.batch * HEADS * self.len_q * self.head_dim
-        moved = 2 * query + 2 * self.kv_elements
-        if self.kind == "training":
-            moved += 4 * query + 4 * self.kv_elements
-        return moved * element_size
-
-    @property
-    def kv_elements(self) -> int:
-        """Elements of the keys."""
-        return self.batch * self.kv_heads * self.len_kv * self.head_dim
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What to run.
-
-    Attributes:
-        kinds: one of `KINDS`, or "all".
-        dtype: a key of `models.DTYPES`.
-        kv_heads: a divisor of 32.
-        max_length: cases with more keys are left out.
-        head_dim: of queries, keys and values.
-        batch: of the prefill and training cases.
-    """
-
-    kinds: str
-    dtype: str
-    kv_heads: int
-    max_length: int
-    head_dim: int = HEAD_DIM
-    batch: int = PREFILL_BATCH
-
-    def cases(self) -> Iterator[Case]:
-        """The cases, in order."""
-        for kind in KINDS if self.kinds == "all" else (self.kinds,):
-            if kind == "decode":
-                sizes = [(batch, 1, length) for batch, length in DECODE]
-            else:
-                sizes = [(self.batch, length, length) for length in PREFILL_LENGTHS]
-            for batch, len_q, len_kv in sizes:
-                if len_kv <= self.max_length:
-                    yield Case(kind, batch, len_q, len_kv, self.kv_heads, self.head_dim)
-
-
-Operands = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-
-
-def make_operands(case: Case, dtype: torch.dtype, device: torch.device) -> list[Operands]:
-    """Query, key and value, normally distributed, in as many copies as the caches call for."""
-
-    def draw(heads: int, length: int) -> torch.Tensor:
-        if case.kind == "decode":
-            return torch.randn(case.batch, heads, length, case.head_dim, device=device, dtype=dtype)
-        size = (case.batch, length, heads, case.head_dim)
-        return torch.randn(size, device=device, dtype=dtype).transpose(1, 2)
-
-    copies = copies_for(2 * case.kv_elements * dtype.itemsize)
-    return [
-        (
-            draw(HEADS, case.len_q),
-            draw(case.kv_heads, case.len_kv),
-            draw(case.kv_heads, case.len_kv),
-        )
-        for _ in range(copies)
-    ]
-
-
-def reference_errors(
-    case: Case, operands: Operands, outputs: dict[str, torch.Tensor]
-) -> dict[str, float]:
-    """‖output − reference‖ / ‖reference‖ of each output, against softmax(q kᵀ / √d) v in fp64."""
-    query, key, value = operands
-    group = HEADS // case.kv_heads
-    norm = 0.0
-    differences = dict.fromkeys(outputs, 0.0)
-    for batch in range(case.batch):
-        for head in range(case.kv_heads):
-            k, v = key[batch, head].double(), value[batch, head].double()
-            for index in _head_blocks(head * group, group, case):
-                q = query[batch, index].double()
-                scores = q @ k.t() / math.sqrt(case.head_dim)
-                if case.is_causal:
-                    hidden = torch.ones_like(scores[0], dtype=torch.bool).triu(1)
-                    scores.masked_fill_(hidden, float("-inf"))
-                reference = scores.softmax(-1) @ v
-                norm += float(reference.square().sum())
-                for name, output in outputs.items():
-                    difference = output[batch, index].double() - reference
-                    differences[name] += float(difference.square().sum())
-    return {name: math.sqrt(total / norm) for name, total in differences.items()}
-
-
-def _head_blocks(first: int, count: int, case: Case) -> Iterator[slice]:
-    """The query heads of one KV head: together, or one by one where their scores are many."""
-    step = count if count * case.len_q * case.len_kv <= 1 << 28 else 1
-    for start in range(first, first + count, step):
-        yield slice(start, start + step)
 
 
 def library_call(case: Case, backend: SDPBackend) -> Callable[[Operands], torch.Tensor]:
@@ -233,35 +91,6 @@ def with_gradients(
             return output, *torch.autograd.grad(output, operands, output.detach())
 
     return forward_and_backward
-
-
-def gradient_errors(
-    case: Case, operands: Operands, found: dict[str, tuple[torch.Tensor, ...]]
-) -> dict[str, float]:
-    """The greatest relative error of each provider's gradients, one KV head of each batch.
-
-    Each against the exact gradient for that provider's own output gradient.
-    """
-    group = HEADS // case.kv_heads
-    errors = {}
-    for name, (output, *grads) in found.items():
-        squares, norms = [0.0] * 3, [0.0] * 3
-        for batch in range(case.batch):
-            heads = slice(0, group), slice(0, 1), slice(0, 1)
-            exact = [
-                t[batch, h].detach().double().requires_grad_()
-                for t, h in zip(operands, heads, strict=True)
-            ]
-            with torch.enable_grad():
-                scores = exact[0] @ exact[1].mT / math.sqrt(case.head_dim)
-                hidden = torch.ones_like(scores[0], dtype=torch.bool).triu(1)
-                out = scores.masked_fill(hidden, float("-inf")).softmax(-1) @ exact[2]
-                true = torch.autograd.grad(out, exact, output[batch, heads[0]].detach().double())
-            for i, (grad, h) in enumerate(zip(grads, heads, strict=True)):
-                squares[i] += float((grad[batch, h].double() - true[i]).square().sum())
-                norms[i] += float(true[i].square().sum())
-        errors[name] = max(math.sqrt(s / n) for s, n in zip(squares, norms, strict=True))
-    return errors
 
 
 def our_call(case: Case) -> Callable[[Operands], torch.Tensor]:

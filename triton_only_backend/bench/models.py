@@ -129,7 +129,7 @@ def _build_transformers(
 
 
 def make_decoder(
-    model: torch.nn.Module, shape: ModelShape, batch: int, cache_length: int
+    model: torch.nn.Module, batch: int, cache_length: int
 ) -> StaticDecoder | PlainLlama:
     """The model with a static cache: its own, or transformers'."""
     from triton_only_backend.bench.plain_llama import PlainLlama

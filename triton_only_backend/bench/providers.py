@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from triton_only_backend import inductor, settings
+from triton_only_backend.eager_mode import eager
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -26,16 +27,6 @@ def own_options(mode: str | None = None) -> dict[str, Any]:
 
 def _inductor_triton_options() -> dict[str, Any]:
     return {**inductor.mode_options()["max-autotune"], "max_autotune_gemm_backends": "TRITON"}
-
-
-def _uncompiled(fn: Callable[..., Any]) -> Callable[..., Any]:
-    from triton_only_backend.eager_mode import eager
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        with eager():
-            return fn(*args, **kwargs)
-
-    return call
 
 
 @dataclass(frozen=True)
@@ -64,7 +55,7 @@ class Provider:
     def prepare(self, fn: Callable[..., Any], *, on_gpu: bool) -> Callable[..., Any]:
         """`fn`, compiled as this provider does it; the interpreter has no use for CUDA graphs."""
         if not self.is_compiled:
-            return _uncompiled(fn) if self.is_ours else fn
+            return eager()(fn) if self.is_ours else fn
         backend: Any = "inductor"
         options: Mapping[str, Any] | None = self.options() if self.options else None
         if self.is_ours:

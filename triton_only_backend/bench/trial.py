@@ -115,10 +115,9 @@ class Trial:
 
     def __init__(self, model: torch.nn.Module, provider: Provider, plan: Plan) -> None:
         """Makes the cache, and runs a prefill and a step uncompiled."""
-        shape = models.MODELS[plan.model]
         self.plan = plan
         self.decoder: StaticDecoder | PlainLlama = models.make_decoder(
-            model, shape, plan.batch, plan.cache_length
+            model, plan.batch, plan.cache_length
         )
         self.device = models.device_of(model)
         self.tokens = make_tokens(plan, self.device)

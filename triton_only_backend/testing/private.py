@@ -17,8 +17,6 @@ from triton_only_backend import inductor
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
-HOOKS = {"joint": "joint_custom_pre_pass", "post_grad": "post_grad_custom_pre_pass"}
-
 
 class _Done(BaseException):
     """The graph is there: nothing of it needs to run."""
