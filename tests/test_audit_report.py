@@ -7,6 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
+from audit_samples import call, graph_op
 from torch._functorch import config as functorch_config
 
 from triton_only_backend import interpreter
@@ -14,7 +15,6 @@ from triton_only_backend.audit import (
     AuditReport,
     CodeCall,
     Finding,
-    GraphOp,
     Provider,
     Reason,
     audit_graph,
@@ -22,34 +22,6 @@ from triton_only_backend.audit import (
     policy,
 )
 from triton_only_backend.errors import AuditError
-
-
-def graph_op(op: str, name: str = "", **fields) -> GraphOp:
-    verdict = policy.classify(op)
-    defaults = {
-        "name": name or op.split(".")[1],
-        "op": op,
-        "provider": verdict.provider,
-        "reason": verdict.reason,
-        "remedy": verdict.remedy,
-        "source_nodes": (name or op.split(".")[1],),
-    }
-    return GraphOp(**{**defaults, **fields})
-
-
-def call(op: str, nodes: tuple[str, ...] = (), **fields) -> CodeCall:
-    verdict = policy.classify_call(op)
-    return CodeCall(
-        name=f"extern_kernels.{op.split('.')[1]}",
-        op=op,
-        kind="extern",
-        provider=verdict.provider,
-        reason=verdict.reason,
-        remedy=verdict.remedy,
-        source_nodes=nodes,
-        **fields,
-    )
-
 
 SORT = graph_op(
     "aten.sort.default",
@@ -62,7 +34,7 @@ SORT = graph_op(
 
 
 def test_a_call_in_the_code_is_a_finding_told_by_its_graph_op():
-    code = call("aten.sort.stable", ("sort",), line=40)
+    code = call("aten.sort.stable", "sort", line=40)
     report = AuditReport.from_graph([SORT], [code], graph_name="graph 0 (forward)")
     (finding,) = report.findings
     assert (finding.op, finding.provider, finding.count) == ("aten.sort.default", Provider.CUB, 1)
@@ -106,7 +78,7 @@ def test_calls_find_their_own_op_among_many():
         graph_op("aten.mm.default", f"mm_{i}", source_line=f"m.py:{i} in f: x", module_path="a")
         for i in range(4)
     ]
-    calls = [call("aten.mm", (f"mm_{i}", "permute"), line=i + 1) for i in reversed(range(4))]
+    calls = [call("aten.mm", f"mm_{i}", "permute", line=i + 1) for i in reversed(range(4))]
     report = AuditReport.from_graph(ops, calls)
     assert [finding.source_line for finding in report.findings] == [
         f"m.py:{i} in f: x" for i in reversed(range(4))
@@ -115,7 +87,7 @@ def test_calls_find_their_own_op_among_many():
 
 def test_an_mm_that_inductor_merged_into_an_addmm_is_recognised():
     ops = [graph_op("aten.mm.default", "mm_1", inputs=("f32[2, 2]",), outputs=("f32[2, 2]",))]
-    (finding,) = AuditReport.from_graph(ops, [call("aten.addmm", ("addmm_default",))]).findings
+    (finding,) = AuditReport.from_graph(ops, [call("aten.addmm", "addmm_default")]).findings
     assert (finding.op, finding.graph_op) == ("aten.addmm", "aten.mm.default")
     assert finding.inputs == ("f32[2, 2]",)
 
@@ -129,7 +101,7 @@ def test_a_refusal_explains_the_finding():
         remedy="call .float()",
         refused="UNSUPPORTED_DTYPE",
     )
-    (finding,) = AuditReport.from_graph([refused], [call("aten.mm", ("mm",))]).findings
+    (finding,) = AuditReport.from_graph([refused], [call("aten.mm", "mm")]).findings
     assert finding.why == "fp64 operands"
     assert finding.remedy == "call .float()"
     assert finding.to_dict()["refused"] == "UNSUPPORTED_DTYPE"
@@ -140,7 +112,7 @@ def test_a_refusal_explains_the_finding():
     ["aten.sort*", "aten.sort", "aten.sort.default", "CUB*", "cub", "extern_kernels.sort"],
 )
 def test_allow_matches_ops_calls_and_providers(pattern):
-    report = AuditReport.from_graph([SORT], [call("aten.sort.stable", ("sort",))], allow=[pattern])
+    report = AuditReport.from_graph([SORT], [call("aten.sort.stable", "sort")], allow=[pattern])
     assert report.findings == []
     assert [finding.op for finding in report.allowed] == ["aten.sort.default"]
     assert report.is_triton_only
@@ -150,7 +122,7 @@ def test_allow_matches_ops_calls_and_providers(pattern):
 
 @pytest.mark.parametrize("pattern", ["aten.topk*", "sort", "nccl", ""])
 def test_allow_does_not_match_these(pattern):
-    report = AuditReport.from_graph([SORT], [call("aten.sort.stable", ("sort",))], allow=[pattern])
+    report = AuditReport.from_graph([SORT], [call("aten.sort.stable", "sort")], allow=[pattern])
     assert len(report.findings) == 1
 
 
@@ -159,7 +131,7 @@ def test_layers_that_differ_by_number_only_are_one_finding():
         graph_op("aten.mm.default", f"mm_{i}", module_path=f"layers.{i}.up", inputs=("f32[2, 2]",))
         for i in range(32)
     ]
-    calls = [call("aten.mm", (f"mm_{i}",), line=i + 1) for i in range(32)]
+    calls = [call("aten.mm", f"mm_{i}", line=i + 1) for i in range(32)]
     (finding,) = AuditReport.from_graph(ops, calls).findings
     assert (finding.count, len(finding.modules)) == (32, 32)
     assert finding.module_path == "layers.*.up (32 modules)"
@@ -167,7 +139,7 @@ def test_layers_that_differ_by_number_only_are_one_finding():
 
 
 def test_the_error_says_what_where_why_and_what_to_do():
-    calls = [call("aten.sort.stable", ("sort",)), call("aten.mm", (), line=9)]
+    calls = [call("aten.sort.stable", "sort"), call("aten.mm", line=9)]
     with pytest.raises(AuditError) as caught:
         AuditReport.from_graph([SORT], calls, graph_name="graph 0 (forward)").raise_for_violations()
     lines = str(caught.value).splitlines()
@@ -282,19 +254,19 @@ class Net(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for layer in self.layers:
             x = torch.nn.functional.gelu(layer(x))
-        return torch.topk(x, 3)[0]
+        return torch.kthvalue(x, 3)[0]
 
 
 @needs_interpreter
 def test_a_real_compilation_is_explained_forward_and_backward():
     forward, backward = compiled_reports(Net(), torch.randn(4, 16))
-    addmm, topk = forward.findings
+    addmm, kthvalue = forward.findings
     assert (addmm.op, addmm.provider, addmm.count) == ("aten.addmm.default", Provider.CUBLAS, 2)
     assert addmm.modules == ("layers.0", "layers.1")
     assert addmm.source_line.endswith("in forward: x = torch.nn.functional.gelu(layer(x))")
     assert addmm.shapes == "f32[16], f32[4, 16], f32[16, 16] -> f32[4, 16]"
-    assert topk.op == "aten.topk.default"
-    assert topk.source_line.endswith("in forward: return torch.topk(x, 3)[0]")
+    assert kthvalue.op == "aten.kthvalue.default"
+    assert kthvalue.source_line.endswith("in forward: return torch.kthvalue(x, 3)[0]")
     assert forward.operations[Provider.TRITON_INDUCTOR] > 0
 
     found = Counter()

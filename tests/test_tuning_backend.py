@@ -9,7 +9,7 @@ import torch
 
 from triton_only_backend import backend, settings
 from triton_only_backend import database as databases
-from triton_only_backend.kernels import gemm_configs, hardware, tuned
+from triton_only_backend.kernels import gemm_choice, gemm_configs, hardware, tuned
 from triton_only_backend.kernels.hardware import Hardware
 from triton_only_backend.tuning import at_compile
 
@@ -29,7 +29,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, tuned.Sources]]:
         found.append((problem, tuned.sources()))
         return select(kind, problem, *rest)
 
-    monkeypatch.setattr(gemm_configs.tuned, "select", spy)
+    monkeypatch.setattr(tuned, "select", spy)
     return found
 
 
@@ -153,7 +153,7 @@ def test_what_no_table_knows_is_searched_once(
     assert [o.problem for o in outcomes] == made == [p for _, p in problems]
     with tuned.using(chosen):
         for outcome in outcomes:
-            assert gemm_configs.select_config(outcome.problem, H200) == outcome.config
+            assert gemm_choice.select_config(outcome.problem, H200) == outcome.config
     assert at_compile.search_graph(graph, chosen) == []
     assert len(made) == 2
 

@@ -14,13 +14,12 @@ import pytest
 from triton_only_backend import database as databases
 from triton_only_backend import settings
 from triton_only_backend.database import MEASURED, DatabaseError, Place, Trial
-from triton_only_backend.kernels import tuned
+from triton_only_backend.kernels import shipped_tables, tuned
+from triton_only_backend.kernels.gemm_choice import heuristic_config, select_config
 from triton_only_backend.kernels.gemm_configs import (
     EpilogueTraits,
     GemmConfig,
     GemmProblem,
-    heuristic_config,
-    select_config,
     with_staging,
 )
 from triton_only_backend.kernels.hardware import INTERPRETER, Hardware
@@ -40,7 +39,7 @@ OTHER = GemmConfig("gemm", 128, 64, 64, 1, 8, 4, 3)
 @pytest.fixture(autouse=True)
 def fresh_lookups(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """No table and no database but those that a test makes."""
-    monkeypatch.setattr(tuned, "TABLES", tmp_path / "tables")
+    monkeypatch.setattr(shipped_tables, "TABLES", tmp_path / "tables")
     (tmp_path / "tables").mkdir()
     clear()
     yield
@@ -49,7 +48,7 @@ def fresh_lookups(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 
 def clear() -> None:
     tuned.forget()
-    tuned.shipped_tables.cache_clear()
+    shipped_tables.shipped_tables.cache_clear()
 
 
 def row(config: Any = CONFIG, us: float | None = 9.0, outcome: str = MEASURED) -> Trial:
@@ -78,7 +77,7 @@ def ship(name: str, hardware: Hardware, config: Any, problem: Any = PROBLEM) -> 
              "config": json.loads(tuned.encode(config)), "us": 1.0}  # fmt: skip
     table = {"format": 1, "gpu": hardware.name, "arch": hardware.arch, "triton": "3.6.0",
              "entries": {"gemm": [entry]}}  # fmt: skip
-    (tuned.TABLES / name).write_text(json.dumps(table))
+    (shipped_tables.TABLES / name).write_text(json.dumps(table))
     clear()
 
 
@@ -163,8 +162,8 @@ def test_defaults_may_be_added_to_problems_and_configurations() -> None:
 def test_a_table_of_another_form_is_refused(text: str, tmp_path: Path) -> None:
     path = tmp_path / "table.json"
     path.write_text(text)
-    with pytest.raises(tuned.TableError, match="is no table of configurations"):
-        tuned.read_table(path)
+    with pytest.raises(shipped_tables.TableError, match="is no table of configurations"):
+        shipped_tables.read_table(path)
 
 
 def test_the_epilogue_has_shared_memory_left() -> None:

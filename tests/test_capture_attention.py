@@ -1,0 +1,113 @@
+"""scaled_dot_product_attention of Dynamo graphs becomes ours, or is decomposed or refused.
+
+Inline graphs are updated by EXPECTTEST_ACCEPT=1.
+"""
+
+from __future__ import annotations
+
+import operator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from expecttest import assert_expected_inline
+from pass_graphs import heads, refusals, show
+
+import triton_only_backend  # noqa: F401
+from triton_only_backend.passes.capture_attention import MATH, SDPA, capture_attention
+
+
+def dynamo_graph(function, *args) -> torch.fx.GraphModule:
+    captured = []
+    torch.compile(function, backend=lambda gm, _: captured.append(gm) or gm, fullgraph=True)(*args)
+    return captured[0]
+
+
+def test_attention_is_captured_with_all_its_arguments():
+    def attention(q, k, v, mask):
+        y = F.scaled_dot_product_attention(q, k, v, mask, 0.0, False, scale=0.5)
+        y = F.scaled_dot_product_attention(y, key=k, value=v, is_causal=True)
+        return F.scaled_dot_product_attention(y, k[:, :2], v[:, :2], enable_gqa=True)
+
+    gm = dynamo_graph(attention, *(heads(1, 4, 3, 8) for _ in range(3)), torch.zeros(3, 3))
+    assert capture_attention(gm.graph) == 3
+    gm.graph.lint()
+    assert_expected_inline(
+        show(gm.graph),
+        """\
+y: f32[1, 4, 3, 8] = triton_only.attention.default(%l_q_, %l_k_, %l_v_, %l_mask_, scale: 0.5)
+y_1: f32[1, 4, 3, 8] = triton_only.attention.default(%y, %l_k_, %l_v_, None, is_causal: True)
+getitem: f32[1, 2, 3, 8] = operator.getitem(%l_k_, (slice(None, None, None), slice(None, 2, None)))
+getitem_1: f32[1, 2, 3, 8] = operator.getitem(%l_v_, (slice(None, None, None), slice(None, 2, None)))
+scaled_dot_product_attention_2: f32[1, 4, 3, 8] = triton_only.attention.default(%y_1, %getitem, %getitem_1, None, enable_gqa: True)
+return (scaled_dot_product_attention_2,)""",
+    )
+    assert capture_attention(gm.graph) == 0
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("reader", ["view", "transpose", "output"])
+def test_a_contiguous_output_stays_contiguous_where_that_shows(reader):
+    def attention(q):
+        y = F.scaled_dot_product_attention(q, q, q)
+        return {"view": lambda: y.view(2, -1), "transpose": lambda: y.transpose(1, 2) * 2}.get(
+            reader, lambda: y
+        )()
+
+    query = torch.randn(2, 4, 3, 8)
+    gm = dynamo_graph(attention, query)
+    capture_attention(gm.graph)
+    gm.recompile()
+    (actual,) = gm(query)
+    assert actual.shape == attention(query).shape
+    assert ("contiguous" in show(gm.graph)) == (reader != "transpose")
+    if reader != "transpose":
+        assert actual.stride() == attention(query).stride()
+
+
+def test_dropout_is_captured_with_a_seed():
+    gm = dynamo_graph(
+        lambda q: F.scaled_dot_product_attention(q, q, q, dropout_p=0.5), heads(1, 2, 3, 8)
+    )
+    assert capture_attention(gm.graph) == 1
+    gm.graph.lint()
+    assert_expected_inline(
+        show(gm.graph),
+        """\
+random_seeds_default: i64[1] = triton_only.random_seeds.default(1, device: cpu)
+scaled_dot_product_attention: f32[1, 2, 3, 8] = triton_only.attention.default(%l_q_, %l_q_, %l_q_, None, %random_seeds_default, dropout_p: 0.5, contiguous: True)
+return (scaled_dot_product_attention,)""",
+    )
+
+
+@pytest.mark.parametrize("case", ["head_dim", "mask_gradient"])
+def test_what_the_kernels_do_not_do_is_decomposed(case):
+    query = heads(1, 2, 3, 300 if case == "head_dim" else 8)
+    mask = torch.zeros(3, 3, requires_grad=case == "mask_gradient")
+    gm = dynamo_graph(lambda q, m: F.scaled_dot_product_attention(q, q, q, m, 0.5), query, mask)
+    assert capture_attention(gm.graph) == 1
+    gm.graph.lint()
+    assert [n.target for n in gm.graph.nodes if n.op == "call_function"] == [MATH, operator.getitem]
+    assert len(refusals(gm.graph)) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_boolean_mask_hides_where_attention_is_decomposed(dtype):
+    def attention(q, mask):
+        return F.scaled_dot_product_attention(q, q, q, mask)
+
+    query = heads(1, 2, 3, 300).to(dtype)
+    mask = torch.tensor([[1, 0, 0], [0, 0, 0], [0, 1, 1]], dtype=torch.bool)
+    gm = dynamo_graph(attention, query, mask)
+    assert capture_attention(gm.graph) == 1
+    gm.graph.lint()
+    gm.recompile()
+    (actual,) = gm(query, mask)
+    torch.testing.assert_close(actual, attention(query, mask))
+
+
+def test_attention_of_other_dtypes_is_refused():
+    gm = dynamo_graph(F.scaled_dot_product_attention, *(heads(1, 2, 3, 8).double(),) * 3)
+    assert capture_attention(gm.graph) == 0
+    assert refusals(gm.graph) == ["UNSUPPORTED_DTYPE"]
+    assert gm.graph.find_nodes(op="call_function", target=SDPA)
