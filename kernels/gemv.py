@@ -37,17 +37,22 @@ if TYPE_CHECKING:
 
 @triton.jit
 def stream(
-    a_ptr, norm_ptr, b_ptrs, steps_b, offs_k, mask_n, K,
+    a_ptr, norm_ptr, norm_bias_ptr, statistics, b_ptrs, steps_b, offs_k, mask_n, K,
     stride_am, stride_ak, norm_offset,
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STEP_K: tl.constexpr,
-    LANE: tl.constexpr, EVEN_K: tl.constexpr, WIDE: tl.constexpr, STAGES: tl.constexpr,
+    LANE: tl.constexpr, K_MAJOR: tl.constexpr, EVEN_K: tl.constexpr, WIDE: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Σ_k a[m, k] · (norm[k] + offset) · b[k, n], and with a norm also Σ_k a[m, k]².
 
     Args:
+        statistics: each row's mean and rstd: a is normalised by them, and a norm's bias is added,
+            before it is multiplied, and no squares are summed; or an empty tuple.
         b_ptrs: a tuple of (BLOCK_N, BLOCK_K) pointers, one to each matrix.
         steps_b: a tuple: how far each moves from step to step.
-        LANE: elements along K that a thread reads in one piece.
+        LANE: elements along K that a thread adds up at a step.
+        K_MAJOR: they are neighbours, read in one piece; else BLOCK_K // LANE apart, where a thread
+            reads neighbours along N.
 
     Returns:
         A tuple of (BLOCK_N,) sums, rows inside matrices; a tuple of scalars, one a row.
@@ -62,8 +67,11 @@ def stream(
     squares: tl.tuple = ()
     if norm_ptr is not None:
         norm_ptrs = norm_ptr + offs_k
-        for _ in tl.static_range(0, ROWS):
-            squares += (tl.zeros((BLOCK_K,), dtype=tl.float32),)
+        if len(statistics) == 0:
+            for _ in tl.static_range(0, ROWS):
+                squares += (tl.zeros((BLOCK_K,), dtype=tl.float32),)
+    if norm_bias_ptr is not None:
+        norm_bias_ptrs = norm_bias_ptr + offs_k
 
     for k in tl.range(0, tl.cdiv(K, STEP_K), num_stages=STAGES):
         if EVEN_K:
@@ -86,18 +94,36 @@ def stream(
         if norm_ptr is not None:
             g = tl.load(norm_ptrs, mask=mask_k, other=0.0).to(tl.float32) + norm_offset
             norm_ptrs += STEP_K
+        if norm_bias_ptr is not None:
+            h = tl.load(norm_bias_ptrs, mask=mask_k, other=0.0).to(tl.float32)
+            norm_bias_ptrs += STEP_K
+        normalised: tl.tuple = ()
+        if len(statistics) > 0:
+            for row in tl.static_range(0, ROWS):
+                x = (xs[row] - statistics[row][0]) * statistics[row][1]
+                if norm_ptr is not None:
+                    x *= g
+                if norm_bias_ptr is not None:
+                    x += h
+                normalised += (x,)
+            xs = normalised
+        elif norm_ptr is not None:
             next_squares: tl.tuple = ()
-            scaled: tl.tuple = ()
             for row in tl.static_range(0, ROWS):
                 next_squares += (squares[row] + xs[row] * xs[row],)
-                scaled += (xs[row] * g,)
+                normalised += (xs[row] * g,)
             squares = next_squares
-            xs = scaled
+            xs = normalised
         next_accs: tl.tuple = ()
         for i in tl.static_range(0, len(ws)):
             for row in tl.static_range(0, ROWS):
-                products = tl.reshape(ws[i] * xs[row][None, :], (BLOCK_N, BLOCK_K // LANE, LANE))
-                next_accs += (accs[i * ROWS + row] + tl.sum(products, axis=2),)
+                products = ws[i] * xs[row][None, :]
+                if K_MAJOR:
+                    products = tl.reshape(products, (BLOCK_N, BLOCK_K // LANE, LANE))
+                    next_accs += (accs[i * ROWS + row] + tl.sum(products, axis=2),)
+                else:
+                    products = tl.reshape(products, (BLOCK_N, LANE, BLOCK_K // LANE))
+                    next_accs += (accs[i * ROWS + row] + tl.sum(products, axis=1),)
         accs = next_accs
 
     sums: tl.tuple = ()
@@ -142,8 +168,8 @@ def gemv_kernel(
     mask_n = offs_n < N
     b_ptrs = b_ptr + offs_n[:, None] * stride_bn + offs_k[None, :] * stride_bk
     sums, _ = stream(
-        a_ptr, None, (b_ptrs,), (step_b,), offs_k, mask_n, K, stride_am, stride_ak, 0.0,
-        ROWS, BLOCK_N, BLOCK_K, step_k, LANE, EVEN_K, WIDE, STAGES,
+        a_ptr, None, None, (), (b_ptrs,), (step_b,), offs_k, mask_n, K, stride_am, stride_ak, 0.0,
+        ROWS, BLOCK_N, BLOCK_K, step_k, LANE, True, EVEN_K, WIDE, STAGES,
     )  # fmt: skip
 
     release_dependents(PDL)

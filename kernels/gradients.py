@@ -56,6 +56,16 @@ def _affine_backward(product: Any) -> Any:
     return backward
 
 
+def _grouped_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    # Whichever of a, b and out has the groups' matrices, the products are these.
+    a, b, offs = ctx.saved_tensors
+    product = torch.ops.triton_only.grouped_mm
+    grad = grad.to(a.dtype)
+    grad_a = product(grad, b.mT, offs) if _needed(ctx, 0) else None
+    grad_b = product(a.mT, grad, offs) if _needed(ctx, 1) else None
+    return grad_a, grad_b, None
+
+
 _ACTIVATIONS: dict[str, Any] = {
     "relu": functional.relu,
     "sigmoid": torch.sigmoid,
@@ -71,8 +81,8 @@ def _linear_fused(
 ) -> list[Tensor]:
     """Autograd's `linear_fused`: with a gradient to come, the ops that it stands for."""
     chosen = product_ops.LinearOptions(**options)
-    norm_weight, norm_eps, norm_offset, activation, gated, multiplier, scale, residual = chosen
-    tensors = (input, *weights, *biases, norm_weight, multiplier, residual)
+    norm_weight, norm_eps, norm_offset, activation, gated, multiplier, scale, residual = chosen[:8]
+    tensors = (input, *weights, *biases, norm_weight, chosen.norm_bias, multiplier, residual)
     if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
         outputs: list[Tensor]
         with torch._C._AutoDispatchBelowAutograd():
@@ -80,10 +90,16 @@ def _linear_fused(
         return outputs
     product_ops.check_linear_fused(input, weights, biases, chosen)
     x = input
-    if norm_weight is not None:
+    if chosen.norm:
         wide = input.float()
-        rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + norm_eps)
-        x = (wide * rstd * (norm_weight.float() + norm_offset)).to(input.dtype)
+        if chosen.norm_centered:
+            wide = wide - wide.mean(-1, keepdim=True)
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + norm_eps)
+        if norm_weight is not None:
+            wide = wide * (norm_weight.float() + norm_offset)
+        if chosen.norm_bias is not None:
+            wide = wide + chosen.norm_bias.float()
+        x = wide.to(input.dtype)
     mm = torch.ops.triton_only.mm
     values = [mm(x, weight.mT, out_dtype=torch.float32) for weight in weights]
     if biases:
@@ -120,34 +136,22 @@ def _attention_backward(ctx: Any, grad_output: Tensor, _: Tensor | None) -> tupl
     return (*grads, None, None)
 
 
-def _attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    seed: Tensor | None = None,
-    *,
-    spans: Tensor | None = None,
-    **options: Any,
-) -> Tensor:
+def _attention(*tensors: Any, spans: Tensor | None = None, **options: Any) -> Tensor:
     """Autograd's `attention`: with a gradient to come, the forward that keeps the log-sum-exp.
 
     That one scans its mask itself: `spans` say nothing that the mask does not.
     """
     output: Tensor
-    tensors = (query, key, value) if attn_mask is None else (query, key, value, attn_mask)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        sdpa = load("sdpa")
-        chosen = sdpa.Options(**options)
-        sdpa.check(query, key, value, attn_mask, seed, chosen)
-        expanded = sdpa.expand_operands(query, key, value, chosen.enable_gqa)
-        pair = torch.ops.triton_only.attention_forward(*expanded, attn_mask, seed, **options)
-        output = pair[0]
+    ops = torch.ops.triton_only
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        given = load("attention_arguments")
+        inputs, chosen = given.Inputs(*tensors), given.Options(**options)
+        given.check(inputs, chosen)
+        expanded = given.expand_operands(*inputs[:3], chosen.enable_gqa)
+        output = ops.attention_forward(*expanded, *tensors[3:], **options)[0]
         return output
     with torch._C._AutoDispatchBelowAutograd():
-        output = torch.ops.triton_only.attention(
-            query, key, value, attn_mask, seed, **options, spans=spans
-        )
+        output = ops.attention(*tensors, **options, spans=spans)
     return output
 
 
@@ -168,22 +172,11 @@ def _varlen_backward(ctx: Any, grad_output: Tensor, _: Tensor | None) -> tuple[A
     return (*grads, None, None, None, None, None)
 
 
-def _varlen(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_q: int,
-    max_k: int,
-    seed: Tensor | None = None,
-    **options: Any,
-) -> Tensor:
+def _varlen(*args: Any, **options: Any) -> Tensor:
     """Autograd's `attention_varlen`."""
     output: Tensor
     ops = torch.ops.triton_only
-    args = (query, key, value, cu_seqlens_q, cu_seqlens_k, max_q, max_k, seed)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value)):
+    if torch.is_grad_enabled() and any(t.requires_grad for t in args[:3]):
         output = ops.attention_varlen_forward(*args, **options)[0]
         return output
     with torch._C._AutoDispatchBelowAutograd():
@@ -208,6 +201,9 @@ def register(library: torch.library.Library) -> None:
             setup_context=_save_affine,
             lib=library,
         )
+    torch.library.register_autograd(
+        "triton_only::grouped_mm", _grouped_backward, setup_context=_save_product, lib=library
+    )
     torch.library.register_autograd(
         "triton_only::attention_forward",
         _attention_backward,

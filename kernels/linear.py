@@ -1,6 +1,6 @@
 """Linear layers with what stands around them: chooses between kernels, and launches.
 
-    x = rms_norm(a) or a
+    x = rms_norm(a), layer_norm(a) or a
     out_i = epilogue(x @ weight_iᵀ + bias_i)
     gated: out = epilogue(activation(x @ weight_0ᵀ + bias_0) · (x @ weight_1ᵀ + bias_1))
 
@@ -20,13 +20,9 @@ import torch
 from triton_only_backend.kernels import hardware
 from triton_only_backend.kernels.epilogue import NO_EPILOGUE, Epilogue
 from triton_only_backend.kernels.gated_gemm import gated_gemm
-from triton_only_backend.kernels.gemm_configs import (
-    GEMV_MAX_ROWS,
-    SKINNY_MAX_ROWS,
-    bucket,
-    next_power_of_2,
-)
+from triton_only_backend.kernels.gemm_configs import GEMV_MAX_ROWS, SKINNY_MAX_ROWS, bucket
 from triton_only_backend.kernels.gemm_tma import has_aligned_rows
+from triton_only_backend.kernels.layer_norm import layer_norm
 from triton_only_backend.kernels.linear_configs import (
     SkinnyConfig,
     select_gated,
@@ -38,6 +34,7 @@ from triton_only_backend.kernels.linear_gemv import linear_gemv
 from triton_only_backend.kernels.matmul import epilogue_traits, is_aligned, matmul
 from triton_only_backend.kernels.pair_gemm import is_pair, pair_gemm
 from triton_only_backend.kernels.rms_norm import Norm, rms_norm
+from triton_only_backend.kernels.sizes import next_power_of_2
 from triton_only_backend.kernels.skinny_linear import skinny_linear
 
 if TYPE_CHECKING:
@@ -73,6 +70,8 @@ def linear(
     if _streams(M, weights, biases, norm):
         _stream(a, weights, biases, outs, norm, gated, epilogue)
         return
+    if norm is not None and norm.centered:
+        a, norm = _normalised(a, norm), None
     skinny = _skinny(a, weights, biases, norm, gated)
     if skinny is not None:
         with hardware.guard(a):
@@ -80,11 +79,8 @@ def linear(
                 a, weights, biases, outs, config=skinny, norm=norm, gated=gated, epilogue=epilogue
             )
         return
-    if norm is not None and M > 0:
-        normalised = torch.empty_like(a, memory_format=torch.contiguous_format)
-        with hardware.guard(a):
-            rms_norm(a, norm, normalised)
-        a = normalised
+    if norm is not None:
+        a = _normalised(a, norm)
     if gated:
         _gate(a, weights, biases, outs[0], epilogue)
         return
@@ -92,6 +88,15 @@ def linear(
     for i in alone:
         bias = None if biases is None else biases[i]
         matmul(a[None], weights[i].T[None], bias, outs[i][None], epilogue=epilogue)
+
+
+def _normalised(a: torch.Tensor, norm: Norm) -> torch.Tensor:
+    """The rows of a after the norm, in a kernel of its own."""
+    out = torch.empty_like(a, memory_format=torch.contiguous_format)
+    if a.shape[0] > 0:
+        with hardware.guard(a):
+            (layer_norm if norm.centered else rms_norm)(a, norm, out)
+    return out
 
 
 def _streams(
@@ -104,10 +109,14 @@ def _streams(
     return (
         0 < M <= GEMV_MAX_ROWS
         and all(w.numel() > 0 for w in weights)
-        and _is_k_major(*weights)
-        and all(b.stride(0) == 1 for b in biases or ())
-        and (norm is None or norm.weight.stride(0) == 1)
+        and (_is_k_major(*weights) or _is_k_major(*(w.T for w in weights)))
+        and _are_plain(biases, norm)
     )
+
+
+def _are_plain(biases: Sequence[torch.Tensor] | None, norm: Norm | None) -> bool:
+    """Whether the vectors are contiguous."""
+    return all(t.stride(0) == 1 for t in (*(biases or ()), *(norm.tensors if norm else ())))
 
 
 def _skinny(
@@ -125,8 +134,7 @@ def _skinny(
         and (a.dtype == torch.bfloat16 or (a.dtype == torch.float16 and norm is None))
         and all(w.numel() > 0 for w in weights)
         and _is_k_major(a, *weights)
-        and all(b.stride(0) == 1 for b in biases or ())
-        and (norm is None or norm.weight.stride(0) == 1)
+        and _are_plain(biases, norm)
     ):
         columns = sum(w.shape[0] for w in (weights[:1] if gated else weights))
         device = hardware.of(a.device)
@@ -151,11 +159,14 @@ def _stream(
     epilogue: Epilogue,
 ) -> None:
     device = hardware.of(a.device)
+    k_major = _is_k_major(*weights)
     with hardware.guard(a):
         for first in range(0, len(outs), MAX_OUTPUTS):
             some = slice(first, first + MAX_OUTPUTS)
             columns = sum(out.shape[1] for out in outs[some])
-            config = select_linear_gemv(columns, a.shape[1], a.element_size(), gated, device)
+            config = select_linear_gemv(
+                columns, a.shape[1], a.element_size(), gated, device, k_major
+            )
             linear_gemv(
                 a, weights[some], None if biases is None else biases[some], outs[some],
                 config=config, norm=norm, gated=gated, epilogue=epilogue,
@@ -170,7 +181,7 @@ def _tiles(
         x.element_size() == 2
         and x.shape[1] > 0
         and _is_k_major(x, *weights)
-        and all(b.stride(0) == 1 for b in biases or ())
+        and _are_plain(biases, None)
     )
 
 

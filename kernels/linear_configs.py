@@ -7,15 +7,14 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from triton_only_backend.kernels.gemm_choice import fit_stages, hopper_choice
 from triton_only_backend.kernels.gemm_configs import (
     OPERAND_BYTES,
     SKINNY_MAX_ROWS,
     EpilogueTraits,
     GemmProblem,
-    fit_stages,
-    hopper_choice,
-    next_power_of_2,
 )
+from triton_only_backend.kernels.sizes import next_power_of_2
 
 if TYPE_CHECKING:
     from triton_only_backend.kernels.hardware import Hardware
@@ -23,22 +22,32 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class GemvConfig:
-    """How few rows are multiplied with K-contiguous weights.
+    """How few rows are multiplied.
 
     Attributes:
         block_n: columns of an output that a program computes.
         block_k: of K a step.
+        k_major: the weights are contiguous along K, as `nn.Linear`'s; else along N.
     """
 
     block_n: int
     block_k: int
     num_warps: int
     num_stages: int
+    k_major: bool = True
+
+    def lane(self, element_size: int) -> int:
+        """Elements along K that a thread, which reads 16 bytes at once, adds up at a step."""
+        piece = 16 // element_size
+        if self.k_major:
+            return piece
+        threads = 32 * self.num_warps
+        return max(1, self.block_n * self.block_k // (piece * threads))
 
 
 @functools.lru_cache(maxsize=1024)
 def select_linear_gemv(
-    N: int, K: int, element_size: int, gated: bool, hardware: Hardware
+    N: int, K: int, element_size: int, gated: bool, hardware: Hardware, k_major: bool = True
 ) -> GemvConfig:
     """The configuration for N columns in all (of one of the two weights, if gated).
 
@@ -47,7 +56,9 @@ def select_linear_gemv(
     stage more for two weights took off 10 µs of 4120, and 8 × 512 for K = 14336 another 20.
     """
     if hardware.is_interpreter:
-        return GemvConfig(256, min(max(next_power_of_2(K), 16), 1024), 4, 1)
+        return GemvConfig(256, min(max(next_power_of_2(K), 16), 1024), 4, 1, k_major)
+    if not k_major:
+        return _n_major_gemv(N, K, element_size, gated, hardware)
     block_n, block_k, stages = 16, 512 // element_size, 4
     if 16 * hardware.num_sms > N:
         block_n, block_k = 4, 2048 // element_size
@@ -59,6 +70,20 @@ def select_linear_gemv(
         block_n //= 2
     block_k = min(block_k, max(next_power_of_2(K), 32))
     return GemvConfig(block_n, block_k, 4, stages)
+
+
+def _n_major_gemv(N: int, K: int, element_size: int, gated: bool, hardware: Hardware) -> GemvConfig:
+    """Of each of K a program reads a sector of 32 bytes, or two where there are programs enough.
+
+    256 of K a step: as many a thread of a are read asynchronously (4 bytes), fewer are waited for
+    at each step. Programs that leave multiprocessors without one have twice the stages in flight,
+    64 kB, which is 0.6 µs of what one multiprocessor reads. Reckoned, not measured.
+    """
+    row = N * element_size
+    wide = row >= 2 * 64 * hardware.num_sms and not gated
+    stages = 8 if row < 32 * hardware.num_sms and not gated else 4
+    block_k = min(256, max(next_power_of_2(K), 32))
+    return GemvConfig((64 if wide else 32) // element_size, block_k, 4, stages, k_major=False)
 
 
 @dataclass(frozen=True)

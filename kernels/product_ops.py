@@ -25,7 +25,8 @@ SCHEMAS = (
     "linear_many(Tensor a, Tensor[] weights, Tensor[] biases) -> Tensor[]",
     "linear_fused(Tensor input, Tensor[] weights, Tensor[] biases, *, Tensor? norm_weight=None, "
     'float norm_eps=0.0, float norm_offset=0.0, str activation="none", bool gated=False, '
-    "Tensor? multiplier=None, float scale=1.0, Tensor? residual=None) -> Tensor[]",
+    "Tensor? multiplier=None, float scale=1.0, Tensor? residual=None, bool norm_centered=False, "
+    "Tensor? norm_bias=None) -> Tensor[]",
 )
 
 
@@ -128,7 +129,11 @@ def _linear_many(a: Tensor, weights: list[Tensor], biases: list[Tensor]) -> list
 
 
 class LinearOptions(NamedTuple):
-    """What `linear_fused` is given by name."""
+    """What `linear_fused` is given by name.
+
+    With a `norm_weight` the input is normalised by its root mean square, with `norm_centered` by
+    mean and deviation (LayerNorm), of which weight and `norm_bias` may be absent.
+    """
 
     norm_weight: Tensor | None = None
     norm_eps: float = 0.0
@@ -138,6 +143,13 @@ class LinearOptions(NamedTuple):
     multiplier: Tensor | None = None
     scale: float = 1.0
     residual: Tensor | None = None
+    norm_centered: bool = False
+    norm_bias: Tensor | None = None
+
+    @property
+    def norm(self) -> bool:
+        """Whether the input is normalised."""
+        return self.norm_centered or self.norm_weight is not None
 
 
 def check_linear_fused(
@@ -149,7 +161,7 @@ def check_linear_fused(
         UnsupportedProblemError: operands of other dtypes.
         RuntimeError: naming the argument, its shape and a remedy.
     """
-    norm_weight, _, _, activation, gated, multiplier, scale, residual = options
+    _, _, _, activation, gated, multiplier, scale, residual, _, _ = options
     for weight in weights:
         _check_product("linear_fused", input, weight.mT, 2)
     check = functools.partial(_check, "linear_fused")
@@ -170,18 +182,15 @@ def check_linear_fused(
             f"got {[list(b.shape) for b in biases]}"
         ),
     )
-    check(
-        norm_weight is None or norm_weight.shape == input.shape[1:],
-        lambda: (
-            f"norm_weight {list(norm_weight.shape)} does not fit "  # type: ignore[union-attr]
-            f"the input's {input.shape[1]} columns"
-        ),
-    )
+    _check_norm(input, options)
     check(
         len(weights) == 1 or gated or (multiplier is None and residual is None and scale == 1),
         lambda: "multiplier, scale and residual need a single output; give one weight, or gated",
     )
-    parts = {"norm_weight": norm_weight, "multiplier": multiplier, "residual": residual}
+    parts = {
+        name: getattr(options, name)
+        for name in ("norm_weight", "norm_bias", "multiplier", "residual")
+    }
     parts |= {f"biases[{i}]": bias for i, bias in enumerate(biases)}
     refused = {k: part.dtype for k, part in parts.items() if part is not None}
     refused = {k: dtype for k, dtype in refused.items() if dtype not in DTYPES}
@@ -195,6 +204,38 @@ def check_linear_fused(
     for part in (multiplier, residual):
         if part is not None:
             part.expand(input.shape[0], columns[0])
+
+
+def _check_norm(input: Tensor, options: LinearOptions) -> None:
+    check = functools.partial(_check, "linear_fused")
+    vectors = {"norm_weight": options.norm_weight, "norm_bias": options.norm_bias}
+    unfit = {k: list(v.shape) for k, v in vectors.items() if v is not None}
+    unfit = {k: shape for k, shape in unfit.items() if shape != list(input.shape[1:])}
+    check(
+        not unfit,
+        lambda: "; ".join(
+            f"{name} {shape} does not fit the input's {input.shape[1]} columns"
+            for name, shape in unfit.items()
+        ),
+    )
+    check(
+        options.norm_centered or options.norm_bias is None,
+        lambda: (
+            "norm_bias without norm_centered: RMSNorm adds none; give norm_centered=True "
+            "for LayerNorm, or add norm_bias @ weight.T to the layer's bias"
+        ),
+    )
+    check(
+        options.norm_weight is not None or options.norm_offset == 0,
+        lambda: f"norm_offset {options.norm_offset} without a norm_weight that it is added to",
+    )
+    check(
+        options.norm or options.norm_eps == 0,
+        lambda: (
+            f"norm_eps {options.norm_eps} without a norm; give norm_weight for RMSNorm, "
+            "norm_centered=True for LayerNorm"
+        ),
+    )
 
 
 def _fake_linear_fused(
@@ -213,8 +254,14 @@ def _linear_fused(
     chosen = LinearOptions(**options)
     linear = load("linear")
     norm = None
-    if chosen.norm_weight is not None:
-        norm = linear.Norm(chosen.norm_weight, chosen.norm_eps, chosen.norm_offset)
+    if chosen.norm:
+        norm = linear.Norm(
+            chosen.norm_weight,
+            chosen.norm_eps,
+            chosen.norm_offset,
+            chosen.norm_centered,
+            chosen.norm_bias,
+        )
     shape = outs[0].shape
     epilogue = linear.Epilogue(
         chosen.activation,

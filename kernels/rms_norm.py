@@ -18,7 +18,7 @@ from triton_only_backend.kernels.dependent_launch import (
     launch_options,
     wait_for_producers,
 )
-from triton_only_backend.kernels.gemm_configs import next_power_of_2
+from triton_only_backend.kernels.sizes import next_power_of_2
 
 if TYPE_CHECKING:
     import torch
@@ -28,17 +28,26 @@ BLOCK = 4096
 
 
 class Norm(NamedTuple):
-    """How rows are normalised.
+    """How rows are normalised: by their root mean square or, centred, by mean and deviation.
 
     Attributes:
-        weight: (K,), fp16, bf16 or fp32.
-        eps: added to the mean square.
+        weight: (K,), fp16, bf16 or fp32; centred, also None.
+        eps: added to the mean square, or to the variance.
         offset: added to the weight (1 in Gemma's norms).
+        centered: the mean is subtracted: LayerNorm.
+        bias: (K,), likewise, added at the end, or None; of a centred norm.
     """
 
-    weight: torch.Tensor
+    weight: torch.Tensor | None
     eps: float
     offset: float
+    centered: bool = False
+    bias: torch.Tensor | None = None
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """The operands that are there."""
+        return tuple(t for t in (self.weight, self.bias) if t is not None)
 
 
 @triton.jit
@@ -74,9 +83,10 @@ def rms_norm(x: torch.Tensor, norm: Norm, out: torch.Tensor) -> None:
 
     Args:
         x: (M, K), fp16, bf16 or fp32, any strides.
-        norm: weight, of any stride, eps and offset.
+        norm: weight, of any stride, eps and offset; not centred (see `layer_norm`).
         out: (M, K), row-major.
     """
+    assert norm.weight is not None
     M, K = x.shape
     device = hardware.of(x.device)
     block = min(next_power_of_2(K), 65536 if device.is_interpreter else BLOCK)

@@ -13,9 +13,11 @@ After:
     fused = triton_only.linear_fused.default(x, [gate, up], [], activation="silu", gated=True)
     fused_1 = triton_only.linear_fused.default(fused[0], [down], [], residual=residual)
 
-Each step absorbs one operation: act(y), y * number, y * tensor, y + tensor, and act(gate) * up.
+Each step absorbs one operation: act(y), y * number, y * tensor, y + tensor, and act(gate) * up. Of
+attention + mlp + x, as layers with parallel parts have it, the last sum goes into the product that
+the first made a residual of the other.
 Left alone: a result that something else needs too, more symbolic sizes than one, tensors that are
-broadcast, another dtype than the layer's, weights that are not parameters in `nn.Linear`'s layout.
+broadcast, another dtype than the layer's, weights that are not parameters of the graph.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from triton_only_backend.passes.activations import as_activation
-from triton_only_backend.passes.graph_edit import VIEWS, is_contiguous, same_sizes, value
+from triton_only_backend.passes.graph_edit import is_contiguous, same_sizes, value
 from triton_only_backend.passes.linear_layer import (
     Linear,
     as_linear,
@@ -63,9 +65,9 @@ def _are_tensors(*operands: Any) -> bool:
     return all(isinstance(value(operand), torch.Tensor) for operand in operands)
 
 
-def _linear(node: Any, like: torch.fx.Node) -> Linear | None:
-    """The linear layer that gives `node` to one user only, of the dtype and size of `like`."""
-    source = producer(node)
+def _linear(node: Any, like: torch.fx.Node, *, shared: bool = False) -> Linear | None:
+    """The linear layer that gives `node` to one user only (see `producer`), typed as `like`."""
+    source = producer(node, shared=shared)
     linear = None if source is None or source.op != "call_function" else as_linear(source)
     if linear is None:
         return None
@@ -84,24 +86,11 @@ def _activation(node: torch.fx.Node) -> int:
     steps = (x, *(inside - {node}))
     if any(user not in inside for step in steps for user in step.users):
         return 0
-    linear = _linear_before(x, node)
+    linear = _linear(x, node, shared=True)
     if linear is None or linear.options:
         return 0
     emit(node, linear, {"activation": name})
     return 1
-
-
-def _linear_before(x: torch.fx.Node, node: torch.fx.Node) -> Linear | None:
-    """The linear layer that gives x, whatever number of users x itself has."""
-    source = x
-    while source.target in VIEWS:
-        source = source.args[0]  # type: ignore[assignment]
-        if len(source.users) != 1:
-            return None
-    linear = as_linear(source) if source.op == "call_function" else None
-    if linear is None or value(linear.node).dtype != value(node).dtype:
-        return None
-    return linear
 
 
 def _nodes_between(first: torch.fx.Node, last: torch.fx.Node) -> set[torch.fx.Node]:
@@ -141,7 +130,8 @@ def _is_gate_of(gate: Linear, up: Linear) -> bool:
         and len(gate.biases) == len(up.biases)
         and base_of(gate.x) is base_of(up.x)
         and same_sizes(value(gate.x).shape, value(up.x).shape)
-        and same_sizes(value(gate.weights[0]).shape, value(up.weights[0]).shape)
+        and same_sizes(gate.weights[0].shape, up.weights[0].shape)
+        and gate.weights[0].transposed == up.weights[0].transposed
     )
 
 
@@ -159,20 +149,36 @@ def _scale(node: torch.fx.Node, a: Any, b: Any) -> int:
 def _add(node: torch.fx.Node) -> int:
     if node.kwargs or _activation(node):
         return 0
-    return _combine(node, "residual", ("residual",))
+    return _combine(node, "residual", ("residual",)) or _pass_on(node)
+
+
+def _pass_on(node: torch.fx.Node) -> int:
+    """Absorbs the sum with a layer that has a residual into the layer which that residual is."""
+    operands: tuple[Any, ...] = node.args
+    a, b = operands[:2]
+    if not _are_alike(a, b, node):
+        return 0
+    for mine, other in ((a, b), (b, a)):
+        outer = _linear(mine, node)
+        residual = None if outer is None else outer.options.get("residual")
+        inner = _linear(residual, node)
+        if outer is None or inner is None or "residual" in inner.options:
+            continue
+        addend, anchor = base_of(other), inner.node
+        if addend < anchor:
+            operand = viewed_as(addend, value(anchor).shape, anchor)
+            emit(anchor, inner, {**inner.options, "residual": operand})
+            node.replace_all_uses_with(viewed_as(outer.node, value(node).shape, node))
+            node.graph.erase_node(node)
+            return 1
+    return 0
 
 
 def _combine(node: torch.fx.Node, option: str, excluded: tuple[str, ...]) -> int:
     """Absorbs an operation with a tensor of the same shape."""
     operands: tuple[Any, ...] = node.args
     a, b = operands[:2]
-    if a is b or not _are_tensors(a, b):
-        return 0
-    if not all(same_sizes(value(n).shape, value(node).shape) for n in (a, b)):
-        return 0
-    if not value(a).dtype == value(b).dtype == value(node).dtype:
-        return 0
-    if not is_contiguous(value(node)):  # laid out as the other tensor is
+    if not _are_alike(a, b, node):
         return 0
     for mine, other in ((a, b), (b, a)):
         linear = _linear(mine, node)
@@ -181,6 +187,17 @@ def _combine(node: torch.fx.Node, option: str, excluded: tuple[str, ...]) -> int
             emit(node, linear, {**linear.options, option: operand})
             return 1
     return 0
+
+
+def _are_alike(a: Any, b: Any, node: torch.fx.Node) -> bool:
+    """Whether two tensors have the shape and dtype of their sum or product, which is row-major."""
+    return (
+        a is not b
+        and _are_tensors(a, b)
+        and all(same_sizes(value(n).shape, value(node).shape) for n in (a, b))
+        and value(a).dtype == value(b).dtype == value(node).dtype
+        and is_contiguous(value(node))  # laid out as the other tensor is
+    )
 
 
 STEPS: dict[Any, Callable[[torch.fx.Node], int]] = {aten.mul.Tensor: _mul, aten.add.Tensor: _add}

@@ -1,10 +1,13 @@
-"""Linear layers in a graph: x @ weightᵀ (+ bias), however far their fusion has come."""
+"""Linear layers in a graph: x @ weightᵀ (+ bias), however far their fusion has come.
+
+The weight is stored (N, K), as `nn.Linear` does, or (K, N), as GPT-2's `Conv1D`.
+"""
 
 from __future__ import annotations
 
 import operator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -13,6 +16,47 @@ from triton_only_backend.passes.graph_edit import VIEWS, insert, same_sizes, val
 aten = torch.ops.aten
 ours = torch.ops.triton_only
 FUSED = ours.linear_fused.default
+TRANSPOSES = (aten.permute.default, aten.t.default)
+
+
+class Weight(NamedTuple):
+    """A parameter of the graph, or a part of one, that linear layers multiply by.
+
+    Attributes:
+        node: (N, K); transposed, (K, N).
+        transposed: how it is stored.
+    """
+
+    node: torch.fx.Node
+    transposed: bool
+
+    @property
+    def shape(self) -> Any:
+        """(N, K)."""
+        shape = value(self.node).shape
+        return shape[::-1] if self.transposed else shape
+
+    @property
+    def strides(self) -> tuple[Any, ...]:
+        """Those of (N, K)."""
+        strides: tuple[Any, ...] = value(self.node).stride()
+        return strides[::-1] if self.transposed else strides
+
+    def as_stored(self, before: torch.fx.Node, *, transposed: bool) -> torch.fx.Node:
+        """The weight as (N, K) or, transposed, as (K, N): itself or a view."""
+        if self.transposed == transposed:
+            return self.node
+        return insert(before, aten.permute.default, (self.node, [1, 0]))
+
+    @classmethod
+    def of(cls, operand: Any, *, transposed: bool) -> Weight | None:
+        """The weight that an (N, K) or, transposed, a (K, N) operand is."""
+        if isinstance(operand, torch.fx.Node) and operand.target in TRANSPOSES:
+            operand, *order = operand.args
+            if order not in ([], [[1, 0]]):
+                return None
+            transposed = not transposed
+        return cls(operand, transposed) if _is_parameter(operand) else None
 
 
 @dataclass(frozen=True)
@@ -22,16 +66,21 @@ class Linear:
     Attributes:
         node: its result, (M, N).
         x: the input, (M, K).
-        weights: (N, K) each, parameters of the graph: one, or gate and up.
+        weights: one, or gate and up.
         biases: (N,) each, parameters of the graph, or none.
         options: keyword arguments of `triton_only.linear_fused`.
     """
 
     node: torch.fx.Node
     x: torch.fx.Node
-    weights: list[torch.fx.Node]
+    weights: list[Weight]
     biases: list[torch.fx.Node]
     options: dict[str, Any] = field(default_factory=dict)
+
+    def operands(self, before: torch.fx.Node) -> tuple[Any, ...]:
+        """The positional arguments of `triton_only.linear_fused`."""
+        weights = [weight.as_stored(before, transposed=False) for weight in self.weights]
+        return self.x, weights, self.biases
 
 
 def as_linear(node: torch.fx.Node) -> Linear | None:
@@ -49,17 +98,11 @@ def as_linear(node: torch.fx.Node) -> Linear | None:
         return None
     if node.kwargs:
         return None
-    x, transposed = args
-    if not isinstance(transposed, torch.fx.Node):
+    x, operand = args
+    weight = Weight.of(operand, transposed=True)
+    if weight is None or (biases and value(biases[0]).shape[0] != weight.shape[0]):
         return None
-    if transposed.target not in (aten.permute.default, aten.t.default):
-        return None
-    weight, *order = transposed.args
-    if order not in ([], [[1, 0]]) or not _is_parameter(weight):
-        return None
-    if biases and value(biases[0]).shape[0] != value(weight).shape[0]:
-        return None
-    return Linear(node, x, [weight], biases)  # type: ignore[list-item]
+    return Linear(node, x, [weight], biases)
 
 
 def _as_fused(node: torch.fx.Node) -> Linear | None:
@@ -68,15 +111,19 @@ def _as_fused(node: torch.fx.Node) -> Linear | None:
         return None
     if len(value(fused)) != 1:
         return None
-    x, weights, biases = fused.args
-    return Linear(node, x, list(weights), list(biases), dict(fused.kwargs))  # type: ignore[arg-type]
+    args: tuple[Any, ...] = fused.args
+    x, operands, biases = args
+    weights = [Weight.of(operand, transposed=False) for operand in operands]
+    if not all(weights):
+        return None
+    return Linear(node, x, weights, list(biases), dict(fused.kwargs))  # type: ignore[arg-type]
 
 
 def _is_parameter(node: Any) -> bool:
-    """Whether a node is an input of the graph, or some of its rows."""
+    """Whether a node is an input of the graph, or some of its rows or columns."""
     if not isinstance(node, torch.fx.Node):
         return False
-    if node.target is aten.slice.Tensor and node.args[1] == 0:
+    if node.target is aten.slice.Tensor and node.args[1] in (0, 1):
         return _is_parameter(node.args[0])
     return node.op in ("placeholder", "get_attr")
 
@@ -94,12 +141,17 @@ def base_of(x: torch.fx.Node, views: tuple[Any, ...] = VIEWS) -> torch.fx.Node:
     return x
 
 
-def producer(node: Any) -> torch.fx.Node | None:
-    """What a node is a view of, if nothing else uses it or the views between."""
-    while isinstance(node, torch.fx.Node) and len(node.users) == 1:
+def producer(node: Any, *, shared: bool = False) -> torch.fx.Node | None:
+    """What a node is a view of, if nothing else uses it or the views between.
+
+    Args:
+        node: of any graph; a number has no producer.
+        shared: the node itself may have several users.
+    """
+    while isinstance(node, torch.fx.Node) and (shared or len(node.users) == 1):
         if node.target not in VIEWS:
             return node
-        node = node.args[0]
+        node, shared = node.args[0], False
     return None
 
 
@@ -119,7 +171,7 @@ def viewed_as(node: torch.fx.Node, shape: Any, before: torch.fx.Node) -> torch.f
 
 def emit(anchor: torch.fx.Node, linear: Linear, options: dict[str, Any]) -> None:
     """Puts a linear layer with these options in the place of `anchor`, in anchor's shape."""
-    fused = insert(anchor, FUSED, (linear.x, linear.weights, linear.biases), options)
+    fused = insert(anchor, FUSED, linear.operands(anchor), options)
     result = insert(anchor, operator.getitem, (fused, 0))
     result = viewed_as(result, value(anchor).shape, anchor)
     anchor.replace_all_uses_with(result)

@@ -13,9 +13,10 @@ After:
     many = triton_only.linear_many.default(x, [q_weight, k_weight, v_weight], [])
     mm: "bf16[2, 4096]" = many[0];  mm_1: "bf16[2, 1024]" = many[1];  mm_2 = many[2]
 
-The weights stay where they are. Left alone: more than 64 rows where no two weights are alike,
-symbolic numbers of rows, weights that are not parameters of the graph, products of other dtypes
-than the input's, addmm with alpha, beta or a bias of more than one dimension.
+The weights stay where they are. Left alone: more than 64 rows where no two weights are alike, more
+than two of weights that are stored (K, N), for which no kernel takes several, symbolic numbers of
+rows, weights that are not parameters of the graph, products of other dtypes than the input's, addmm
+with alpha, beta or a bias of more than one dimension.
 """
 
 from __future__ import annotations
@@ -26,12 +27,13 @@ from typing import Any
 import torch
 
 from triton_only_backend.passes.graph_edit import insert, value
-from triton_only_backend.passes.linear_layer import Linear, as_linear, base_of, rows
+from triton_only_backend.passes.linear_layer import Linear, Weight, as_linear, base_of, rows
 from triton_only_backend.passes.refusal import decline
 
 ours = torch.ops.triton_only
 PRODUCTS = (ours.mm.default, ours.addmm.default)
 MAX_ROWS = 64  # of a stream of weights
+MAX_ROWS_TRANSPOSED = 2
 MAX_WEIGHTS = 3
 
 
@@ -41,7 +43,9 @@ def merge_linears(graph: torch.fx.Graph) -> int:
     for node in graph.nodes:
         linear = as_linear(node) if node.target in PRODUCTS else None
         if linear is not None:
-            key = (base_of(linear.x), str(list(value(linear.x).shape)), len(linear.biases))
+            (weight,) = linear.weights
+            shape = str(list(value(linear.x).shape))
+            key = (base_of(linear.x), shape, len(linear.biases), weight.transposed)
             groups.setdefault(key, []).append(linear)
     count = 0
     for group in groups.values():
@@ -63,9 +67,12 @@ def _refusal(group: list[Linear]) -> str | None:
     number = rows(group[0])
     if number is None:
         return "a symbolic number of rows"
-    if 0 < number <= MAX_ROWS:
+    transposed = group[0].weights[0].transposed
+    if 0 < number <= (MAX_ROWS_TRANSPOSED if transposed else MAX_ROWS):
         return None
-    shapes = [value(linear.weights[0]).shape for linear in group]
+    if transposed:
+        return f"{number} rows: 1 to {MAX_ROWS_TRANSPOSED} are merged of weights stored (K, N)"
+    shapes = [linear.weights[0].shape for linear in group]
     if number == 0 or len(set(shapes)) == len(shapes):
         return f"{number} rows: 1 to {MAX_ROWS} are merged, or more with two weights of one shape"
     return None
@@ -82,7 +89,13 @@ def _available(parameter: torch.fx.Node, at: torch.fx.Node) -> torch.fx.Node:
 
 def _merge(members: list[Linear]) -> None:
     first = members[0]
-    weights = [_available(weight, first.node) for m in members for weight in m.weights]
+    weights = [
+        Weight(_available(weight.node, first.node), weight.transposed).as_stored(
+            first.node, transposed=False
+        )
+        for m in members
+        for weight in m.weights
+    ]
     biases = [_available(bias, first.node) for m in members for bias in m.biases]
     many = insert(first.node, ours.linear_many.default, (first.x, weights, biases))
     outputs = [insert(first.node, operator.getitem, (many, i)) for i in range(len(members))]

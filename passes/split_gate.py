@@ -25,7 +25,7 @@ import torch
 
 from triton_only_backend.passes.activations import as_activation
 from triton_only_backend.passes.graph_edit import insert, value
-from triton_only_backend.passes.linear_layer import Linear, as_linear, base_of, viewed_as
+from triton_only_backend.passes.linear_layer import Linear, Weight, as_linear, base_of, viewed_as
 
 aten = torch.ops.aten
 ours = torch.ops.triton_only
@@ -115,9 +115,10 @@ def _merged(first: Half, second: Half) -> Linear | None:
 def _insert(half: Half, linear: Linear) -> None:
     """The product with the half's columns of the weight, in the place of the half."""
     columns = (half.start, half.start + half.size)
-    weight = insert(half.node, aten.slice.Tensor, (linear.weights[0], 0, *columns))
-    transposed = insert(half.node, aten.permute.default, (weight, [1, 0]))
-    operands: tuple[torch.fx.Node, ...] = (linear.x, transposed)
+    (whole,) = linear.weights
+    part = insert(half.node, aten.slice.Tensor, (whole.node, int(whole.transposed), *columns))
+    weight = Weight(part, whole.transposed).as_stored(half.node, transposed=True)
+    operands: tuple[torch.fx.Node, ...] = (linear.x, weight)
     target = ours.mm.default
     if linear.biases:
         bias = insert(half.node, aten.slice.Tensor, (linear.biases[0], 0, *columns))

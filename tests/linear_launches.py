@@ -21,16 +21,20 @@ SIZES = (
     (4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336), (128256, 4096),
     (5333, 495), (1000, 1024), (1004, 1024), (33, 40),
 )  # fmt: skip
-# Words of a form: what `call` makes of them.
+# Words of a form: what `call` makes of them. With "conv1d" the weights' rows, not K, are contiguous.
 SINGLE = (
     "", "bias", "column bias", "full bias", "silu", "gelu", "scale", "multiplier", "residual",
     "multiplier residual", "broadcast multiplier residual", "wide multiplier", "wide residual",
-    "wide multiplier residual", "bias residual", "norm",
+    "wide multiplier residual", "bias residual", "norm", "layer", "bare layer",
+    "conv1d", "conv1d gelu bias layer", "conv1d bias residual", "conv1d norm",
 )  # fmt: skip
-SEVERAL = ("two", "two bias", "two silu bias", "three", "three bias", "three norm")
+SEVERAL = (
+    "two", "two bias", "two silu bias", "three", "three bias", "three norm", "three bias layer",
+    "conv1d three bias layer",
+)  # fmt: skip
 GATED = (
     "gated", "gated bias", "gated residual", "gated wide residual", "gated multiplier residual",
-    "gated bias multiplier residual", "gated norm",
+    "gated bias multiplier residual", "gated norm", "gated layer", "conv1d gated layer",
 )  # fmt: skip
 # A layout: "t" for an operand whose rows, not K, are contiguous, else "n"; b as an nn.Linear has it.
 LAYOUTS = ("nn", "nt", "tn", "tt")
@@ -40,7 +44,11 @@ DTYPES = (
     ("bfloat16", "float32", {"bias", "full", "residual", "wide", "multiplier"}),
     ("float16", "float16", {"bias", "residual", "multiplier", "two", "gated"}),
     ("float16", "float32", {"residual"}),
-    ("float32", "float32", {"bias", "full", "multiplier", "residual", "norm", "gated"}),
+    (
+        "float32",
+        "float32",
+        {"bias", "full", "multiplier", "residual", "norm", "gated", "layer", "conv1d"},
+    ),
 )
 Call = tuple[int, int, int, str, str, str, str]
 
@@ -56,7 +64,7 @@ def calls() -> list[Call]:
         for form in (*SINGLE, *SEVERAL, *GATED)
         if words is None or set(form.split()) <= words
         if N < 100_000 or form in ("", "bias", "residual", "two", "gated")
-        if layout == "nn" or form in SINGLE
+        if layout == "nn" or (form in SINGLE and not {"layer", "conv1d"} & set(form.split()))
         if out == dtype or not {"two", "gated"} & set(form.split())
     ]
 
@@ -67,6 +75,13 @@ SAMPLE: list[Call] = [
     (M, N, K, "bfloat16", out, layout, form)
     for M, N, K, out, layout, form in (
         (2, 4096, 4096, "bfloat16", "nn", "three norm"),
+        (2, 4096, 4096, "bfloat16", "nn", "three bias layer"),
+        (2, 4096, 4096, "bfloat16", "nn", "gated layer"),
+        (1, 4096, 14336, "bfloat16", "nn", "bare layer"),
+        (2, 1024, 4096, "bfloat16", "nn", "conv1d gelu bias layer"),
+        (2, 4096, 14336, "bfloat16", "nn", "conv1d bias residual"),
+        (2, 14336, 4096, "bfloat16", "nn", "conv1d gated layer"),
+        (16, 4096, 4096, "bfloat16", "nn", "three bias layer"),
         (2, 4096, 4096, "float32", "nt", "bias"),
         (16, 1024, 4096, "bfloat16", "nn", "gated norm"),
         (16, 4096, 4096, "bfloat16", "nn", "three norm"),
@@ -125,11 +140,14 @@ def call(M: int, N: int, K: int, dtype: str, out_dtype: str, layout: str, form: 
             [N, N] if words & {"two", "gated"} else [N, 1024, 1024] if "three" in words else [N]
         )
         outs = [empty(M, n) for n in columns[: 1 if "gated" in words else None]]
+        norm = Norm(empty(K), 1e-5, 0.0) if "norm" in words else None
+        if "layer" in words:
+            vectors = (None, None) if "bare" in words else (empty(K), empty(K))
+            norm = Norm(vectors[0], 1e-5, 0.0, True, vectors[1])
         linear(
-            empty(M, K), [empty(n, K) for n in columns],
+            empty(M, K), [empty(K, n).T if "conv1d" in words else empty(n, K) for n in columns],
             [empty(n) for n in columns] if "bias" in words else None, outs,
-            norm=Norm(empty(K), 1e-5, 0.0) if "norm" in words else None,
-            gated="gated" in words, epilogue=epilogue,
+            norm=norm, gated="gated" in words, epilogue=epilogue,
         )  # fmt: skip
         return
     a = empty(1, M, K) if layout[0] == "n" else empty(1, K, M).mT

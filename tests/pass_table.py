@@ -3,7 +3,8 @@
     python tests/pass_table.py
 
 Two layers of each, a decode step with a static cache and a prefill (an encoder's forward for BERT),
-batch 2, fp32. The graphs are taken to where Inductor would begin; nothing is generated.
+batch 2, fp32. The graphs are taken to where Inductor would begin; nothing is generated. The passes
+that rewrite single operations (`rewrite_…`) fire once an operation, and have no column.
 """
 
 from __future__ import annotations
@@ -25,6 +26,14 @@ SMALL = {
 }  # fmt: skip
 GROUPED = {**SMALL, "num_key_value_heads": 2}
 GPT2 = {"vocab_size": 64, "n_positions": 64, "n_embd": 64, "n_layer": LAYERS, "n_head": 4}
+OPT = {
+    "vocab_size": 64, "hidden_size": 64, "word_embed_proj_dim": 64, "ffn_dim": 96,
+    "num_hidden_layers": LAYERS, "num_attention_heads": 4, "max_position_embeddings": 64,
+}  # fmt: skip
+FALCON = {
+    "vocab_size": 64, "hidden_size": 64, "num_hidden_layers": LAYERS, "num_attention_heads": 4,
+    "alibi": False,
+}  # fmt: skip
 ARCHITECTURES = {
     "Llama": ("LlamaForCausalLM", "LlamaConfig", GROUPED),
     "Granite": ("GraniteForCausalLM", "GraniteConfig", GROUPED),
@@ -36,9 +45,13 @@ ARCHITECTURES = {
     "Phi": ("PhiForCausalLM", "PhiConfig", GROUPED),
     "Phi3": ("Phi3ForCausalLM", "Phi3Config", {**GROUPED, "pad_token_id": 0}),
     "GPT-2": ("GPT2LMHeadModel", "GPT2Config", GPT2),
+    "GPT-NeoX": ("GPTNeoXForCausalLM", "GPTNeoXConfig", SMALL),
+    "OPT": ("OPTForCausalLM", "OPTConfig", OPT),
+    "Falcon": ("FalconForCausalLM", "FalconConfig", FALCON),
+    "StableLM": ("StableLmForCausalLM", "StableLmConfig", GROUPED),
     "BERT": ("BertForMaskedLM", "BertConfig", SMALL),
 }
-SHOWN = tuple(name for name in pipeline.NAMES if name != "rewrite_matmul")
+SHOWN = tuple(name for name in pipeline.NAMES if not name.startswith("rewrite_"))
 
 
 class Stop(Exception):

@@ -23,9 +23,15 @@ hardware.of = lambda device: cross_compile.TARGETS[target][2]
 bf16 = torch.bfloat16
 for M, K, columns, options in json.loads(sys.argv[3]):
     x = torch.empty(M, K, dtype=bf16)
-    weights = [torch.empty(n, K, dtype=bf16) for n in columns]
+    weights = [
+        torch.empty(K, n, dtype=bf16).T if "conv1d" in options else torch.empty(n, K, dtype=bf16)
+        for n in columns
+    ]
     outs = [torch.empty(M, n, dtype=bf16) for n in columns][: 1 if "gated" in options else None]
-    norm = linear.Norm(torch.empty(K, dtype=bf16), 1e-5, 0.0) if "norm" in options else None
+    vector = torch.empty(K, dtype=bf16)
+    norm = linear.Norm(vector, 1e-5, 0.0) if "norm" in options else None
+    if "layer" in options:
+        norm = linear.Norm(vector, 1e-5, 0.0, True, vector)
     residual = torch.empty(M, columns[0], dtype=bf16) if "residual" in options else None
     epilogue = linear.Epilogue("silu" if "gated" in options else "none", residual=residual)
     before = len(compiled)
@@ -46,9 +52,23 @@ LLAMA = [
     (4096, [14336, 14336], ["norm", "gated"]),
     (14336, [4096], ["residual"]),
 ]
+# GPT-2 XL's, and a GeGLU of weights stored so; Phi-2's.
+GPT2 = [
+    (1600, [4800], ["layer", "conv1d"]),
+    (6400, [1600], ["residual", "conv1d"]),
+    (1600, [6400, 6400], ["layer", "gated", "conv1d"]),
+    (768, [2304], ["layer", "conv1d"]),
+    (2560, [2560, 2560, 2560], ["layer"]),
+    (5120, [20480], ["layer", "conv1d"]),
+]
 QUICK = [(M, *layer) for M in (2, 32) for layer in LLAMA[:3]]
 QUICK += [(128, *LLAMA[2]), (1024, *LLAMA[2]), (16384, *LLAMA[1])]
-ALL = [(M, *layer) for M in (1, 2, 3, 4, 16, 32, 64, 128, 200, 1024, 16384) for layer in LLAMA]
+QUICK += [(2, *layer) for layer in GPT2] + [(1, *GPT2[0]), (32, *GPT2[4])]
+ALL = [
+    (M, *layer)
+    for M in (1, 2, 3, 4, 16, 32, 64, 128, 200, 1024, 16384)
+    for layer in (*LLAMA, *GPT2)
+]
 
 
 def check_compiled(target: str, problems: list[Any]) -> None:
@@ -72,7 +92,7 @@ def check_compiled(target: str, problems: list[Any]) -> None:
             assert row["tma"], row
         if target.startswith("sm") and row["name"] == "linear_gemv_kernel":
             assert row["copies"], row
-    expected = {"linear_gemv_kernel", "rms_norm_kernel"}
+    expected = {"linear_gemv_kernel", "rms_norm_kernel", "layer_norm_kernel"}
     expected |= (
         {"pair_gemm_kernel", "skinny_linear_kernel"}
         if target == "sm90"

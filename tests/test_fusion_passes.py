@@ -50,6 +50,12 @@ def targets(gm):
     return Counter(str(n.target) for n in gm.graph.nodes if n.op == "call_function")
 
 
+def refusals(function, *args, name="fuse_norm"):
+    """Why a pass left the graph of a function alone, and how often."""
+    results = pipeline.run_stage("aten", trace(function, *args))
+    return dict(next(r.refusals for r in results if r.name == name))
+
+
 def options(gm):
     """The keyword arguments of each fused linear layer, tensors by their shapes."""
     return [
@@ -211,6 +217,36 @@ reshape_default_3 = aten.reshape.default(getitem_2, [2, 1, 32])""",
         )  # fmt: skip
         assert_same(gm, model, *args)
 
+    def test_gpt2_mlp(self):
+        def model(x, weight, bias, c_fc, c_fc_bias, c_proj, c_proj_bias):
+            h = F.layer_norm(x, (32,), weight, bias, 1e-5).view(-1, 32)
+            h = BY_HAND["gelu_tanh"](torch.addmm(c_fc_bias, h, c_fc))
+            return x + torch.addmm(c_proj_bias, h, c_proj).view(x.shape)
+
+        shapes = ((2, 1, 32), (32,), (32,), (32, 24), (24,), (24, 32), (32,))
+        args = tuple(random(*shape, dtype=torch.bfloat16) for shape in shapes)
+        gm, fired = fuse(model, *args)
+        self.assertEqual(fired, {"fuse_epilogue": 2, "fuse_norm": 1})
+        self.assertExpectedInline(
+            "\n".join(
+                f"{n.name} = {n.target}({', '.join(map(str, n.args))}"
+                + "".join(f", {k}={v}" for k, v in n.kwargs.items()) + ")"
+                for n in gm.graph.nodes
+                if n.op == "call_function"
+            ),
+            """\
+permute_default = aten.permute.default(c_fc_1, [1, 0])
+reshape_default_2 = aten.reshape.default(x_1, [2, 32])
+linear_fused_default_2 = triton_only.linear_fused.default(reshape_default_2, [permute_default], [c_fc_bias_1], activation=gelu_tanh, norm_weight=weight_1, norm_bias=bias_1, norm_eps=1e-05, norm_centered=True)
+getitem_2 = <built-in function getitem>(linear_fused_default_2, 0)
+reshape_default = aten.reshape.default(x_1, [2, 32])
+permute_default_1 = aten.permute.default(c_proj_1, [1, 0])
+linear_fused_default_1 = triton_only.linear_fused.default(getitem_2, [permute_default_1], [c_proj_bias_1], residual=reshape_default)
+getitem_3 = <built-in function getitem>(linear_fused_default_1, 0)
+reshape_default_1 = aten.reshape.default(getitem_3, [2, 1, 32])""",
+        )  # fmt: skip
+        assert_same(gm, model, *args)
+
 
 @pytest.mark.parametrize("symbolic", ["length", "batch", "both"])
 def test_one_size_may_be_symbolic(symbolic):
@@ -254,10 +290,65 @@ def test_the_later_of_two_products_takes_the_earlier_as_residual():
     assert_same(gm, model, *args)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("order", ["x last", "x first", "mlp first"])
+@pytest.mark.parametrize("rows", [2, 5])
+def test_parallel_attention_and_mlp_share_a_residual(rows, order, dtype):
+    """As Phi, GPT-NeoX and Falcon write it: each product takes one of the two sums."""
+
+    def model(x, dense, bias, fc):
+        attention, mlp = F.linear(x.sin(), dense, bias), F.linear(x.cos(), fc) * 0.5
+        if order == "x last":
+            return (attention + mlp).view(rows, 1, 32) + x.view(rows, 1, 32)
+        return x + (mlp + attention) if order == "x first" else (mlp + attention) + x
+
+    args = (random(rows, 32, dtype=dtype), random(32, 32, dtype=dtype))
+    args += (random(32, dtype=dtype), random(32, 32, dtype=dtype))
+    gm, fired = fuse(model, *args)
+    assert fired == {"fuse_epilogue": 3}
+    assert [kwargs["residual"] for kwargs in options(gm)] == [[rows, 32]] * 2
+    assert aten.add.Tensor not in {n.target for n in gm.graph.nodes}
+    assert_same(gm, model, *args)
+
+
+def test_sums_that_no_product_can_pass_on():
+    def a_later_addend(x, dense, fc):
+        both = F.linear(x, dense) + F.linear(x.cos(), fc)
+        return both + x.exp()
+
+    def an_addend_of_both(x, dense, fc):
+        first, second = F.linear(x, dense), F.linear(x.cos(), fc)
+        return (first + second) + (first * second)
+
+    def with_a_residual_each(x, dense, fc):
+        return ((F.linear(x, dense) + x.sin()) + F.linear(x.cos(), fc)) + x
+
+    def broadcast(x, dense, fc):
+        return (F.linear(x, dense) + F.linear(x.cos(), fc)) + x[:1]
+
+    def read_twice(x, dense, fc):
+        both = F.linear(x, dense) + F.linear(x.cos(), fc)
+        return both + x, both
+
+    for model, expected in (
+        (a_later_addend, 1), (an_addend_of_both, 0), (with_a_residual_each, 2), (broadcast, 1),
+        (read_twice, 1),
+    ):  # fmt: skip
+        args = (random(4, 32), random(32, 32), random(32, 32))
+        gm, fired = fuse(model, *args)
+        assert fired.get("fuse_epilogue", 0) == expected, model
+        assert_same(gm, model, *args)
+
+
 def left_alone():
     """Names, models and arguments of what fuse_epilogue must not touch."""
     x, w, v = random(4, 32), random(24, 32), random(24, 32)
     yield "result used twice", lambda x, w: (lambda y: (F.silu(y), y))(F.linear(x, w)), (x, w)
+    yield (
+        "what a view is of used twice",
+        lambda x, w: (lambda y: (F.silu(y.view(2, 2, 24)), y))(F.linear(x, w)),
+        (x, w),
+    )
     yield "computed weight", lambda x, w: F.silu(F.linear(x, w.sin())), (x, w)
     yield "broadcast addend", lambda x, w, b: F.linear(x, w) + b, (x, w, random(4, 1))
     yield "other dtype", lambda x, w, r: F.linear(x, w) + r, (x, w, random(4, 24).double())
@@ -371,6 +462,243 @@ def test_norm_goes_into_its_linear_layers(name, rows, dtype):
     assert kwargs.get("norm_offset", 0.0) == (1.0 if name == "gemma" else 0.0)
     assert aten.rsqrt.default not in {n.target for n in gm.graph.nodes}
     assert_same(gm, model, *args)
+
+
+def widen(x):
+    return x if x.dtype == torch.float64 else x.to(torch.float32)
+
+
+def cohere_norm(x, weight, bias):
+    wide = widen(x)
+    mean = wide.mean(-1, keepdim=True)
+    variance = (wide - mean).pow(2).mean(-1, keepdim=True)
+    wide = (wide - mean) * torch.rsqrt(variance + 1e-5)
+    return (widen(weight) * wide).to(x.dtype)
+
+
+def olmo_norm(x, weight, bias):
+    return F.layer_norm(widen(x), (x.shape[-1],), None, None, eps=1e-5).to(x.dtype)
+
+
+# With the options that go to the product beside eps.
+LAYER_NORMS = {
+    "weight and bias": (
+        lambda x, w, b: F.layer_norm(x, w.shape, w, b, 1e-5), {"norm_weight", "norm_bias"}
+    ),
+    "weight": (lambda x, w, b: F.layer_norm(x, w.shape, w, None, 1e-5), {"norm_weight"}),
+    "neither": (lambda x, w, b: F.layer_norm(x, w.shape, None, None, 1e-5), set()),
+    "nemotron": (
+        lambda x, w, b: F.layer_norm(x, w.shape, w + 1, b, 1e-5),
+        {"norm_weight", "norm_bias", "norm_offset"},
+    ),
+    "cohere": (cohere_norm, {"norm_weight"}),
+    "olmo": (olmo_norm, set()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("name", LAYER_NORMS)
+def test_layer_norm_goes_into_its_linear_layers(name, rows, dtype):
+    norm, names = LAYER_NORMS[name]
+
+    def model(x, weight, bias, q, k, v, fc):
+        h = norm(x, weight, bias)
+        return F.linear(h, q), F.linear(h, k), F.linear(h, v), F.gelu(F.linear(h, fc))
+
+    args = (random(rows, 1, 32, dtype=dtype), *(random(32, dtype=dtype) for _ in range(2)))
+    args += tuple(random(n, 32, dtype=dtype) for n in (24, 8, 8, 40))
+    gm, fired = fuse(model, *args)
+    assert fired == {"fuse_epilogue": 1, "merge_linears": 1, "fuse_norm": 1}
+    assert aten.rsqrt.default not in {n.target for n in gm.graph.nodes}
+    for kwargs in options(gm):
+        assert kwargs.pop("norm_centered") is True
+        assert math.isclose(kwargs.pop("norm_eps"), 1e-5, rel_tol=1e-6)
+        assert set(kwargs) - {"activation"} == names
+        assert kwargs.get("norm_offset", 1.0) == 1.0
+    assert_same(gm, model, *args)
+    far = (args[0] * 0.25 + 250).to(dtype)  # a mean of a thousand deviations
+    assert_same(gm, model, far, *args[1:])
+
+
+def test_a_compiled_layer_norm_agrees():
+    model = torch.nn.Sequential(
+        torch.nn.LayerNorm(32), torch.nn.Linear(32, 24), torch.nn.GELU(), torch.nn.Linear(24, 32)
+    ).to(DEVICE)
+    x = random(2, 32)
+    with torch.no_grad():
+        fired, result = fired_passes(model, (x,))
+        assert fired == {"rewrite_matmul": 2, "fuse_epilogue": 1, "fuse_norm": 1}
+        torch.testing.assert_close(result, model(x), rtol=1e-5, atol=1e-5)
+
+
+def test_layer_norms_left_alone():
+    def norm(x, weight, bias):
+        return F.layer_norm(x, (32,), weight, bias)
+
+    def more_rows(x, weight, bias, q):
+        return F.linear(norm(x, weight, bias), q)
+
+    def post_norm(x, weight, bias, q):
+        h = norm(x, weight, bias)
+        return h + F.linear(h, q)
+
+    def of_both_dimensions(x, weight, bias, q):
+        return F.linear(F.layer_norm(x, (2, 32), weight.expand(2, 32), bias.expand(2, 32)), q)
+
+    def over_rows(x, weight, bias, q):
+        return F.linear(weight * F.layer_norm(x.T, (2,)).T + bias, q)
+
+    def unbiased(x, weight, bias, q):
+        variance, mean = torch.var_mean(x, -1, correction=1, keepdim=True)
+        return F.linear((x - mean) * torch.rsqrt(variance + 1e-5) * weight + bias, q)
+
+    def mean_of_another(x, weight, bias, q):
+        variance, _ = torch.var_mean(x, -1, correction=0, keepdim=True)
+        mean = torch.var_mean(x.flip(0), -1, correction=0, keepdim=True)[1]
+        return F.linear((x - mean) * torch.rsqrt(variance + 1e-5) * weight + bias, q)
+
+    def one_bias_for_all(x, weight, bias, q):
+        return F.linear(norm(x, weight, None) + bias[:1], q)
+
+    def a_row_of_biases(x, weight, bias, q):
+        return F.linear(norm(x, weight, None) + bias[None], q)
+
+    def one_weight_for_all(x, weight, bias, q):
+        return F.linear(norm(x, None, None) * weight[:1], q)
+
+    def one_input_for_all(x, weight, bias, q):
+        return F.linear(F.layer_norm(x[:, :1], (1,)) * weight + bias, q)
+
+    def of_another_dtype(x, weight, bias, q):
+        return F.linear(norm(x, weight, bias).bfloat16(), q.bfloat16())
+
+    for model, rows in (
+        (more_rows, 3), (post_norm, 2), (of_both_dimensions, 2), (over_rows, 2), (unbiased, 2),
+        (mean_of_another, 2), (one_bias_for_all, 2), (a_row_of_biases, 2),
+        (one_weight_for_all, 2), (one_input_for_all, 2), (of_another_dtype, 2),
+    ):  # fmt: skip
+        args = (random(rows, 32), random(32), random(32), random(32, 32))
+        gm, fired = fuse(model, *args)
+        assert "fuse_norm" not in fired, model
+        assert fired == ({"fuse_epilogue": 1} if model is post_norm else {}), model
+        assert_same(gm, model, *args)
+
+
+@pytest.mark.parametrize("norm", [llama_norm, lambda x, w: F.layer_norm(x, (32,), w)])
+def test_of_two_norms_the_last_goes(norm):
+    def model(x, first, second, q, k):
+        h = norm(norm(x, first), second)
+        return F.silu(F.linear(h, q)), F.linear(h, k)
+
+    args = (random(2, 32), random(32), random(32), random(24, 32), random(8, 32))
+    gm, fired = fuse(model, *args)
+    assert fired == {"fuse_epilogue": 1, "fuse_norm": 1}
+    assert_same(gm, model, *args)
+
+
+def test_a_norm_before_weights_that_are_no_stream():
+    def model(x, weight, every_other):
+        return F.linear(F.layer_norm(x, (32,), weight), every_other[:, ::2])
+
+    args = (random(2, 32), random(32), random(24, 64))
+    gm, fired = fuse(model, *args)
+    assert fired == {}
+    assert_same(gm, model, *args)
+    op, besides = "triton_only.mm.default", "reads, not only as a linear layer's input"
+    assert refusals(model, *args) == {f"a norm that {op} {besides}": 1}
+
+
+def test_norms_that_stay_say_why():
+    def post_norm(x, weight, q):
+        h = F.layer_norm(x, (32,), weight, None)
+        return h + F.linear(h, q)
+
+    def no_product(x, weight, q):
+        return llama_norm(x, weight).cos()
+
+    def no_norm(x, weight, q):
+        return torch.rsqrt(x.square() + 1)[:, :1] * weight
+
+    def two_inputs(x, weight, q):
+        h = F.layer_norm(x, (32,), weight, None)
+        return F.linear(h, q), torch.mm(h, q)
+
+    args = random(2, 32), random(32), random(32, 32)
+    besides = "reads, not only as a linear layer's input"
+    op = "triton_only.linear_fused.default"
+    assert refusals(post_norm, *args) == {f"a norm that {op} {besides}": 1}
+    assert refusals(no_product, *args) == {f"a norm that aten.cos.default {besides}": 1}
+    assert refusals(no_norm, *args) == {"a norm of 64 rows: at most 2 are taken into a product": 1}
+    assert refusals(two_inputs, *args) == {}
+    assert refusals(post_norm, random(3, 32), *args[1:]) == {
+        "a norm of 3 rows: at most 2 are taken into a product": 1
+    }
+
+
+# weights that are stored (K, N), as GPT-2's
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_a_block_of_gpt2(rows, dtype):
+    def model(x, g, b, c_attn, c_attn_bias, c_proj, c_proj_bias):
+        h = F.layer_norm(x, (32,), g, b)
+        q, k, v = torch.addmm(c_attn_bias, h, c_attn).split(32, -1)
+        return x + torch.addmm(c_proj_bias, torch.sigmoid(q) * k + v, c_proj)
+
+    shapes = ((rows, 32), (32,), (32,), (32, 96), (96,), (32, 32), (32,))
+    args = tuple(random(*shape, dtype=dtype) for shape in shapes)
+    gm, fired = fuse(model, *args)
+    assert fired == {"fuse_epilogue": 1} | ({"fuse_norm": 1} if rows <= 2 else {})
+    assert_same(gm, model, *args)
+
+
+@pytest.mark.parametrize("stored", ["both transposed", "one transposed", "as nn.Linear"])
+@pytest.mark.parametrize("rows", [2, 6])
+def test_gated_mlp_of_transposed_weights(rows, stored):
+    def product(x, weight, transposed):
+        return torch.mm(x, weight) if transposed else F.linear(x, weight)
+
+    def model(x, gate, up):
+        first = product(x, gate, stored != "as nn.Linear")
+        return F.silu(first) * product(x, up, stored == "both transposed")
+
+    args = (random(rows, 32), random(32, 32), random(32, 32))
+    gm, fired = fuse(model, *args)
+    assert fired == {"fuse_epilogue": 2}
+    gated = [kwargs.get("gated", False) for kwargs in options(gm)]
+    assert gated == [stored != "one transposed"]
+    assert_same(gm, model, *args)
+
+
+@pytest.mark.parametrize("with_bias", [False, True], ids=["plain", "bias"])
+@pytest.mark.parametrize("rows", [2, 6])
+def test_gate_and_up_in_one_transposed_weight(rows, with_bias):
+    def model(x, weight, bias):
+        both = torch.addmm(bias, x, weight) if with_bias else torch.mm(x, weight)
+        gate, up = both.chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+    args = (random(rows, 32), random(32, 48), random(48))
+    gm, fired = fuse(model, *args)
+    assert fired == {"split_gate": 1, "fuse_epilogue": 2}
+    assert options(gm) == [{"activation": "silu", "gated": True}]
+    assert_same(gm, model, *args)
+
+
+def test_transposed_weights_left_alone():
+    def computed_weight(x, weight):
+        return F.silu(torch.mm(x, weight.sin()))
+
+    def gate_of_the_weight(x, weight):
+        return F.silu(torch.mm(weight, x.T.cos()))
+
+    for model in (computed_weight, gate_of_the_weight):
+        args = (random(4, 32), random(32, 32))
+        gm, fired = fuse(model, *args)
+        assert fired == {}, model
+        assert_same(gm, model, *args)
 
 
 def test_norms_left_alone():

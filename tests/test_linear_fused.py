@@ -48,7 +48,13 @@ class Problem:
             k: v.to(dtype) if isinstance(v, torch.Tensor) else v for k, v in self.options.items()
         }
         x = self.input.to(dtype)
-        if "norm_weight" in options:
+        if options.get("norm_centered"):
+            weight, bias = options.get("norm_weight"), options.get("norm_bias")
+            weight = (
+                None if weight is None else (weight + options.get("norm_offset", 0.0)).to(dtype)
+            )
+            x = F.layer_norm(x, x.shape[1:], weight, bias, options["norm_eps"])
+        elif "norm_weight" in options:
             wide = x if dtype == torch.float64 else x.float()
             rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + options["norm_eps"])
             x = (wide * rstd).to(dtype) * (options["norm_weight"] + options["norm_offset"])
@@ -72,7 +78,7 @@ class Problem:
             assert out.is_contiguous()
             error, vendor_error = ((t.double() - right).norm().item() for t in (out, theirs))
             # The output is rounded, and where more than two rows are normalised, so is the input.
-            roundings = 2 if "norm_weight" in self.options else 1
+            roundings = 2 if "norm_eps" in self.options else 1
             rounding = torch.finfo(out.dtype).eps / 2 * roundings
             rounding += torch.finfo(torch.float32).eps * 16
             # A residual may cancel most of what it is added to.
@@ -92,6 +98,8 @@ def problem(
     *,
     bias: bool = False,
     norm: torch.dtype | None = None,
+    layer: str | None = None,
+    conv1d: bool = False,
     multiplier: bool = False,
     residual: bool = False,
     **options: Any,
@@ -102,11 +110,14 @@ def problem(
     if norm is not None:
         options |= {"norm_weight": normal(K, dtype=norm), "norm_eps": EPS}
         options.setdefault("norm_offset", 0.0)
+    if layer is not None:
+        options |= {f"norm_{name}": normal(K) for name in layer.split()}
+        options |= {"norm_eps": EPS, "norm_centered": True}
     if multiplier:
         options["multiplier"] = normal(M, columns[0])
     if residual:
         options["residual"] = normal(M, columns[0])
-    weights = [normal(n, K) for n in columns]
+    weights = [normal(K, n).T if conv1d else normal(n, K) for n in columns]
     biases = [normal(n) for n in columns] if bias else []
     return Problem(normal(M, K) / 2, weights, biases, options)
 
@@ -120,6 +131,60 @@ def test_decode_step_of_a_llama(M, dtype, device):
     gate = problem(device, M, (112, 112), 96, dtype, norm=dtype, gated=True, activation="silu")
     gate.check()
     problem(device, M, (96,), 112, dtype, residual=True).check()
+
+
+LAYER_NORMS = ("weight bias", "weight", "bias", "")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("M", ROWS)
+def test_decode_step_of_gpt2(M, dtype, device):
+    """c_attn with the norm; c_proj with the residual; c_fc with norm and GELU; c_proj."""
+    conv1d = {"conv1d": True, "bias": True}
+    problem(device, M, (144,), 48, dtype, layer="weight bias", **conv1d).check()
+    problem(device, M, (48,), 48, dtype, residual=True, **conv1d).check()
+    problem(
+        device, M, (192,), 48, dtype, layer="weight bias", activation="gelu_tanh", **conv1d
+    ).check()
+    problem(device, M, (48,), 192, dtype, residual=True, **conv1d).check()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layer", LAYER_NORMS, ids=lambda v: v or "neither")
+@pytest.mark.parametrize("M", [1, 2, 3, 40])
+def test_layer_norm(M, layer, dtype, device):
+    for conv1d in (False, True):
+        for columns, gated in (((33, 7, 40), False), ((24, 24), True)):
+            problem(
+                device, M, columns, 70, dtype, layer=layer, norm_offset=0.5 * ("weight" in layer),
+                conv1d=conv1d, bias=gated, gated=gated, activation="gelu_tanh",
+            ).check()  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("K", [70, 4096, 70001])
+@pytest.mark.parametrize("M", [1, 2, 5])
+def test_layer_norm_of_a_mean_of_a_thousand_deviations(M, K, dtype, device):
+    """As exact as PyTorch's: squares of x would leave nothing of the variance."""
+    p = problem(device, M, (12,), K, dtype, layer="weight bias", bias=True)
+    p.input = (torch.randn(M, K, device=device) + 1000).to(dtype)
+    p.options["norm_eps"] = 1e-5
+    p.check()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("M", [1, 2, 5])
+def test_layer_norm_of_rows_unlike_each_other(M, dtype, device):
+    """One element far from the others; all alike, where eps is all there is; all zero."""
+    p = problem(device, M, (12,), 300, dtype, layer="weight bias")
+    p.input = torch.randn(M, 300, device=device)
+    p.input[0, 0] = 1000
+    p.input = p.input.to(dtype)
+    p.check()
+    for level in (3.0, 0.0):
+        p.input = torch.full_like(p.input, level)
+        for out, exact in zip(p.run(), p.reference(torch.float64), strict=True):
+            torch.testing.assert_close(out.double(), exact, rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -171,14 +236,19 @@ def test_odd_sizes(M, N, K, device):
     parts = {"bias": True, "norm": torch.bfloat16, "norm_offset": 1.0, "residual": True}
     problem(device, M, (N,), K, torch.bfloat16, **parts).check()
     problem(device, M, (N, N), K, torch.float16, gated=True, activation="gelu", **parts).check()
+    layer = {"layer": "weight bias", "norm_offset": 0.0, "bias": True, "residual": True}
+    for conv1d in (False, True):
+        problem(device, M, (N,), K, torch.bfloat16, conv1d=conv1d, **layer).check()
 
 
 @pytest.mark.parametrize("M", [2, 6])
+@pytest.mark.parametrize("kind", ["rms", "layer"])
 @pytest.mark.parametrize("what", ["input", "weights", "biases", "all", "everything else"])
-def test_any_strides(what, M, device):
+def test_any_strides(what, kind, M, device):
+    norm: dict[str, Any] = {"norm": torch.bfloat16} if kind == "rms" else {"layer": "weight bias"}
     p = problem(
-        device, M, (24, 24), 40, torch.bfloat16, bias=True, norm=torch.bfloat16, gated=True,
-        multiplier=True, residual=True, activation="silu",
+        device, M, (24, 24), 40, torch.bfloat16, bias=True, gated=True, multiplier=True,
+        residual=True, activation="silu", norm_offset=0.0, **norm,
     )  # fmt: skip
 
     def strided(t: torch.Tensor) -> torch.Tensor:
@@ -193,8 +263,9 @@ def test_any_strides(what, M, device):
     if what in ("biases", "all"):
         p.biases = [strided(b) for b in p.biases]
     if what in ("everything else", "all"):
-        for name in ("norm_weight", "multiplier", "residual"):
-            p.options[name] = strided(p.options[name])
+        for name in ("norm_weight", "norm_bias", "multiplier", "residual"):
+            if name in p.options:
+                p.options[name] = strided(p.options[name])
     p.check()
 
 
@@ -227,6 +298,13 @@ def test_zero_sizes(K, columns, M, device):
     p.options.pop("norm_weight" if K == 0 else "", None)
     for out, exact in zip(outs, p.reference(torch.float64), strict=True):
         torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("M", [0, 1, 4])
+def test_layer_norm_of_no_columns(M, device):
+    p = problem(device, M, (8, 3), 0, torch.float32, bias=True, layer="weight bias")
+    for out, bias in zip(p.run(), p.biases, strict=True):
+        assert torch.equal(out, bias.expand(M, -1))
 
 
 def test_norm_of_a_row_that_is_read_in_parts(device):
@@ -268,13 +346,19 @@ def test_opcheck(M, device):
     opcheck(ours.linear_fused.default, (p.input, p.weights, p.biases), p.options, test_utils=utils)
     p = problem(device, M, (16, 16), 32, torch.float32, gated=True, residual=True, scale=2.0)
     opcheck(ours.linear_fused.default, (p.input, p.weights, p.biases), p.options, test_utils=utils)
+    p = problem(device, M, (16, 24), 32, torch.float32, layer="weight bias", conv1d=True)
+    opcheck(ours.linear_fused.default, (p.input, p.weights, p.biases), p.options, test_utils=utils)
 
 
+@pytest.mark.parametrize("kind", ["rms", "layer", "layer without weight"])
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
-def test_gradients(gated, device):
+def test_gradients(gated, kind, device):
+    norm: dict[str, Any] = {"layer": "" if "without" in kind else "weight bias"}
+    norm = {"norm": torch.float32} if kind == "rms" else norm
     p = problem(
-        device, 3, (8, 8) if gated else (8,), 16, torch.float32, bias=True, norm=torch.float32,
+        device, 3, (8, 8) if gated else (8,), 16, torch.float32, bias=True, conv1d=kind != "rms",
         multiplier=True, residual=True, gated=gated, activation="gelu_tanh", scale=0.5,
+        norm_offset=0.0, **norm,
     )  # fmt: skip
     named = {k: v for k, v in p.options.items() if isinstance(v, torch.Tensor)}
     leaves = [p.input, *p.weights, *p.biases, *named.values()]
@@ -295,6 +379,13 @@ BAD = [
     ({"biases": [(9,)]}, r"biases of those lengths.*\[\[9\]\]"),
     ({"biases": [(8,), (8,)]}, "biases of those lengths"),
     ({"norm_weight": (15,)}, r"norm_weight \[15\] does not fit the input's 16 columns"),
+    (
+        {"norm_bias": (16, 1), "norm_centered": True},
+        r"norm_bias \[16, 1\] does not fit the input's 16 columns",
+    ),
+    ({"norm_bias": (16,), "norm_weight": (16,)}, "norm_bias without norm_centered.*=True for Lay"),
+    ({"norm_offset": 1.0, "norm_centered": True}, "norm_offset 1.0 without a norm_weight"),
+    ({"norm_eps": 1e-5}, "norm_eps 1e-05 without a norm; give norm_weight"),
     ({"weights": [(8, 16), (8, 16)], "residual": (4, 8)}, "single output"),
     ({"weights": [(8, 16), (8, 16)], "scale": 2.0}, "single output"),
     ({"residual": (3, 8)}, r"expand"),
@@ -322,30 +413,40 @@ def test_refuses_other_dtypes(device):
         ours.linear_fused(x, [w.bfloat16()], [])
     with pytest.raises(RuntimeError, match=r"residual is torch.float64; cast it"):
         ours.linear_fused(x, [w], [], residual=torch.ones(2, 4, device=device).double())
+    with pytest.raises(RuntimeError, match=r"norm_bias is torch.float64; cast it"):
+        ours.linear_fused(x, [w], [], norm_centered=True, norm_bias=x[0].double())
 
 
 # The kernels, with configurations that the interpreter would not be given
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 4])
+@pytest.mark.parametrize("k_major", [True, False], ids=["k-major", "n-major"])
+@pytest.mark.parametrize("centered", [False, True], ids=["rms", "layer"])
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
-def test_gemv_in_small_blocks(gated, rows, device):
+def test_gemv_in_small_blocks(gated, centered, k_major, rows, device, monkeypatch):
+    from triton_only_backend.kernels import linear_gemv as module
     from triton_only_backend.kernels.epilogue import Epilogue
     from triton_only_backend.kernels.linear_configs import GemvConfig
     from triton_only_backend.kernels.linear_gemv import linear_gemv
     from triton_only_backend.kernels.rms_norm import Norm
 
     columns = (40, 40) if gated else (40, 8, 24)
+    norm: dict[str, Any] = {"layer": "weight bias"} if centered else {"norm": torch.float32}
     p = problem(
-        device, rows, columns, 200, torch.bfloat16, norm=torch.float32, norm_offset=1.0,
-        bias=True, gated=gated, activation="silu",
+        device, rows, columns, 200, torch.bfloat16, norm_offset=1.0,
+        bias=True, gated=gated, activation="silu", **norm,
     )  # fmt: skip
-    p.input, p.weights = padded(p.input), [padded(w) for w in p.weights]
+    # A row in one block, and in three and a part.
+    monkeypatch.setattr(module, "block_of_row", lambda *_: 256 if gated else 64)
+    p.input = padded(p.input)
+    p.weights = [padded(w) if k_major else padded(w.T).T for w in p.weights]
     outs = [torch.full((rows, n), float("nan"), device=device).bfloat16() for n in columns]
     outs = outs[:1] if gated else outs
     linear_gemv(
         p.input, p.weights, p.biases, outs,
-        config=GemvConfig(16, 64, 4, 3), norm=Norm(p.options["norm_weight"], EPS, 1.0),
+        config=GemvConfig(16, 64, 1, 3, k_major),
+        norm=Norm(p.options["norm_weight"], EPS, 1.0, centered, p.options.get("norm_bias")),
         gated=gated, epilogue=Epilogue("silu"),
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
@@ -495,7 +596,8 @@ def test_epilogue_in_every_product_kernel(split_k, swap, kernel, device):
 def taken(monkeypatch) -> list[str]:
     """Makes `linear` choose as on Hopper; the kernels that it took."""
     from triton_only_backend.kernels import linear, matmul
-    from triton_only_backend.kernels.gemm_configs import GemmConfig, heuristic_config
+    from triton_only_backend.kernels.gemm_choice import heuristic_config
+    from triton_only_backend.kernels.gemm_configs import GemmConfig
     from triton_only_backend.kernels.linear_configs import PairConfig, SkinnyConfig
 
     def pair(M: int, N: int, K: int, traits: Any, hardware: Any) -> PairConfig | None:
@@ -604,6 +706,22 @@ def test_pairs_of_many_weights(taken, device):
         taken.clear()
         p.check()
         assert taken == expected
+
+
+@pytest.mark.parametrize("conv1d", [False, True], ids=["nn.Linear", "Conv1D"])
+def test_layer_norm_before_what_several_rows_take(conv1d, taken, device):
+    """The norm has a kernel of its own, the products those that they have without it."""
+    for M, columns, expected in (
+        (5, (24, 24), ["skinny_linear"]),
+        (37, (24, 24), ["pair_gemm"]),
+        (37, (24,), ["gemm_tma"]),
+    ):
+        p = problem(
+            device, M, columns, 40, torch.bfloat16, layer="weight bias", bias=True, conv1d=conv1d
+        )
+        taken.clear()
+        p.check()
+        assert taken == (["gemm_tma"] * len(columns) if conv1d else expected)
 
 
 @pytest.mark.parametrize("columns", [24, 20])

@@ -9,6 +9,7 @@ from torch.library import opcheck
 
 import triton_only_backend  # noqa: F401
 from triton_only_backend.passes.merge_linears import merge_linears
+from triton_only_backend.passes.refusal import DECLINED_KEY
 
 ours = torch.ops.triton_only
 
@@ -74,6 +75,36 @@ def test_many_rows_merge_where_two_weights_are_alike(rows):
     assert targets(gm).count(ours.linear_many.default) == (rows > 0)
     args[3] = torch.randn(24, 32)
     assert merge_linears(trace(qkv, *args).graph) == (0 < rows <= 64)
+
+
+def conv1d(x, q, k, v):
+    return ours.mm(x, q), ours.mm(x, k), ours.mm(x, v)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_transposed_weights_merge_where_they_are_streams(rows, device):
+    """Stored (K, N), as transformers' Conv1D does."""
+    args = [torch.randn(s, device=device) for s in ((rows, 32), (32, 64), (32, 16), (32, 16))]
+    gm = trace(conv1d, *args)
+    assert merge_linears(gm.graph) == (rows < 3)
+    gm.recompile()
+    assert targets(gm).count(ours.linear_many.default) == (rows < 3)
+    for actual, expected in zip(gm(*args), conv1d(*args), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-4)
+    declined = [n.meta[DECLINED_KEY] for n in gm.graph.nodes if DECLINED_KEY in n.meta]
+    reason = "3 rows: 1 to 2 are merged of weights stored (K, N)"
+    detail = f"3 layers that share an input have {reason}"
+    assert declined == ([] if rows < 3 else [{"detail": detail}])
+
+
+def test_weights_stored_in_two_ways_stay_apart():
+    def model(x, a, b, c):
+        return ours.mm(x, a), ours.mm(x, b.permute(1, 0)), ours.mm(x, c)
+
+    gm = trace(model, *(torch.randn(s) for s in ((2, 32), (32, 32), (32, 32), (32, 32))))
+    assert merge_linears(gm.graph) == 1
+    (many,) = gm.graph.find_nodes(op="call_function", target=ours.linear_many.default)
+    assert len(many.args[1]) == 2
 
 
 def test_left_alone():
