@@ -183,10 +183,11 @@ def test_triton_names_come_from_live_compiled_kernels():
 
     planted_kernel.__module__ = "triton_only_backend.kernels.gemm"
     kernel = CompiledKernel.__new__(CompiledKernel)
+    kernel.module = None  # nothing to unload
     kernel.name = "planted_kernel"
     kernel.src = SimpleNamespace(fn=planted_kernel)
     loaded = CompiledKernel.__new__(CompiledKernel)
-    loaded.name, loaded.src = "loaded_kernel", "kernel.ttir"
+    loaded.name, loaded.src, loaded.module = "loaded_kernel", "kernel.ttir", None
     found = kernel_names.triton_kernels()
     assert found["planted_kernel"] is Provider.TRITON_OURS
     assert found["loaded_kernel"] is Provider.TRITON_USER
@@ -201,7 +202,7 @@ def test_a_kernel_of_a_triton_kernels_name_but_not_its_blocks_is_not_believed(th
     from triton.compiler.compiler import CompiledKernel
 
     kernel = CompiledKernel.__new__(CompiledKernel)
-    kernel.name, kernel.src = "copied_name", "kernel.ttir"
+    kernel.name, kernel.src, kernel.module = "copied_name", "kernel.ttir", None
     kernel.metadata = SimpleNamespace(num_warps=4)
     events = [FakeKineto("copied_name", threads=threads)]
     results = SimpleNamespace(events=lambda: events)

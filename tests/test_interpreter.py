@@ -75,6 +75,40 @@ def test_reductions_with_their_own_combine_function(N):
 SPECIAL = [0.0, -0.0, float("inf"), float("-inf"), float("nan"), 1e-40, 3.4e38, -1.00390625]
 
 
+@triton.jit
+def affine(a, b, c, d):
+    return a * c, b * c + d
+
+
+@triton.jit
+def scan_kernel(x_ptr, y_ptr, M: tl.constexpr, N: tl.constexpr, AXIS: tl.constexpr):
+    at = tl.arange(0, M)[:, None] * N + tl.arange(0, N)[None, :]
+    x = tl.load(x_ptr + at)
+    _, y = tl.associative_scan((x, x), AXIS, affine)
+    tl.store(y_ptr + at, y)
+
+
+@pytest.mark.parametrize("axis", (0, 1))
+def test_scans_with_their_own_combine_function(axis, monkeypatch):
+    """A recurrence, whose order matters, runs its function log2(n) times."""
+    from triton.runtime.interpreter import ScanOps
+
+    calls = []
+    to_tensor = ScanOps.to_tensor
+    monkeypatch.setattr(
+        ScanOps, "to_tensor", lambda self, *args: calls.append(args) or to_tensor(self, *args)
+    )
+    x = torch.rand(8, 16)
+    y = torch.empty_like(x)
+    scan_kernel[(1,)](x, y, 8, 16, axis)
+    rows = x.double().movedim(axis, 0)
+    expected = [rows[0]]
+    for row in rows[1:]:
+        expected.append(row * expected[-1] + row)
+    torch.testing.assert_close(y.double(), torch.stack(expected).movedim(0, axis))
+    assert len(calls) <= 4 * 4 + 2
+
+
 @pytest.mark.parametrize("source", (torch.float32, torch.float16, torch.int32), ids=str)
 def test_casts_to_bfloat16_round_to_nearest_even(source):
     x = torch.cat([torch.randn(1000) * 100, torch.tensor(SPECIAL + [257.0, 259.0] * 8)])
@@ -106,6 +140,21 @@ def test_atomics_with_a_broadcast_mask():
     out = torch.zeros(4, 32)
     _add_rows_kernel[(5,)](out, x, index, 32)
     torch.testing.assert_close(out, torch.zeros(4, 32).index_add(0, index, x))
+
+
+@triton.jit
+def _copy_kernel(out_ptr, x_ptr, slot_ptr, n, N: tl.constexpr):
+    i = tl.arange(0, N)
+    slot = tl.load(slot_ptr).to(tl.int64)
+    mask = (i < n) & (slot >= 0)
+    tl.store(out_ptr + i, tl.load(x_ptr + i, mask=mask, other=-1.0), mask=mask)
+
+
+@pytest.mark.parametrize("slot", [0, -1])
+def test_a_mask_of_a_block_and_a_scalar(slot):
+    x, out = torch.randn(8), torch.zeros(8)
+    _copy_kernel[(1,)](out, x, torch.tensor([slot]), 5, 8)
+    assert torch.equal(out, x * (torch.arange(8) < 5) * (slot >= 0))
 
 
 @pytest.mark.parametrize("name", ["tanh", "erf", "rsqrt", "log1p", "isnan", "pow", "llrint"])

@@ -1,6 +1,6 @@
 """Runs Triton kernels, ours and Inductor's, on CPU tensors through the Triton interpreter.
 
-Used by itself on a machine with no GPU. The stock interpreter needs ten mends for that:
+Used by itself on a machine with no GPU. The stock interpreter needs twelve mends for that:
 
 1. Functions decorated with `@triton.jit` before the interpreter was switched on stay compiled
    functions; they are rebound, so that importing triton first (as torch._dynamo does) is harmless.
@@ -19,6 +19,10 @@ Used by itself on a machine with no GPU. The stock interpreter needs ten mends f
 9. Triton 3.6's makes indices of arrays with one element, which numpy 2.4 refuses.
 10. `not x` of a block is False, whatever is in it: Inductor's argmax asks `not isnan`. It is
    answered for each element.
+11. What a comparison yields keeps the type of its operands: spread over a block it becomes a block
+   of that type, which Triton 3.9 refuses as a mask. It is made an int1.
+12. A scan with a combine function of its own (Inductor's cumsum) runs it once an element too; it is
+   run on whole blocks, log2(n) times.
 """
 
 from __future__ import annotations
@@ -95,7 +99,9 @@ def _install() -> None:
     _mend_casts()
     _mend_libdevice()
     _mend_reductions()
+    _mend_scans()
     _mend_not()
+    _mend_comparisons()
     _mend_atomics()
     _patch_once_a_launch()
     _name_launches()
@@ -294,6 +300,33 @@ def _mend_reductions() -> None:
     ReduceOps.generic_reduce = generic_reduce
 
 
+def _mend_scans() -> None:
+    from triton.runtime.interpreter import ScanOps
+
+    def generic_scan(self: Any, tensors: Any) -> list[Any]:
+        combine = self.combine_fn.rewrite()
+        dtypes = [t.dtype for t in tensors]
+        parts = [np.moveaxis(t.handle.data, self.axis, 0) for t in tensors]
+        distance = 1
+        while distance < parts[0].shape[0]:
+            # Each element with what those before it came to, of twice as many each time; blocks
+            # keep their size, a power of 2, so that the first few are computed for nothing.
+            pairs = [np.roll(p, distance, 0) for p in parts] + parts
+            combined = combine(*map(self.to_tensor, pairs, dtypes * 2))
+            combined = combined if isinstance(combined, tuple) else (combined,)
+            parts = [
+                np.concatenate([p[:distance], c.handle.data.reshape(p.shape)[distance:]])
+                for p, c in zip(parts, combined, strict=True)
+            ]
+            distance *= 2
+        return [
+            self.to_tensor(np.ascontiguousarray(np.moveaxis(part, 0, self.axis)), dtype)
+            for part, dtype in zip(parts, dtypes, strict=True)
+        ]
+
+    ScanOps.generic_scan = generic_scan
+
+
 def _mend_not() -> None:
     import ast
 
@@ -313,6 +346,21 @@ def _mend_not() -> None:
     # A rewritten function sees the names of the interpreter's module.
     interpreter.not_each = not_each
     interpreter.ASTTransformer.visit_UnaryOp = visit_unary
+
+
+def _mend_comparisons() -> None:
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    original = InterpreterBuilder.binary_op
+
+    def binary_op(self: Any, lhs: Any, rhs: Any, op: Any) -> Any:
+        result = original(self, lhs, rhs, op)
+        if result.data.dtype == np.bool_:
+            result.dtype = tl.int1
+        return result
+
+    InterpreterBuilder.binary_op = binary_op
 
 
 def _patch_once_a_launch() -> None:
