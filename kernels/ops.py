@@ -6,6 +6,7 @@
     triton_only::baddbmm(bias, a, b)              beta · bias + alpha · a @ b
     triton_only::linear_many(a, weights, biases)  a @ weightᵀ + bias for several weights at once
     triton_only::linear_fused(a, weights, biases) the same with norm, activation, gate and residual
+    triton_only::grouped_mm(a, b, offs)           rows in groups, each times a matrix of its own
     triton_only::attention(q, k, v, mask)         scaled dot-product attention
     triton_only::attention_forward(q, k, v, mask) the same, with its log-sum-exp for the backward
     triton_only::attention_backward(…)            gradients of q, k and v
@@ -27,6 +28,7 @@ import torch
 from triton_only_backend.kernels import (
     attention_ops,
     gradients,
+    grouped_ops,
     product_ops,
     rope_cache_ops,
     seed_ops,
@@ -35,7 +37,7 @@ from triton_only_backend.kernels import (
 LIBRARY = torch.library.Library("triton_only", "DEF")
 TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
 
-for _module in (product_ops, attention_ops, rope_cache_ops):
+for _module in (product_ops, grouped_ops, attention_ops, rope_cache_ops):
     for _schema in _module.SCHEMAS:
         LIBRARY.define(_schema, tags=TAGS)
     for _name, (_implementation, _fake) in _module.IMPLEMENTATIONS.items():

@@ -1,5 +1,8 @@
 """Takes apart the aten ops that hide a product or an attention inside a library's own fusion.
 
+Also two that are a few sums: `histc`, by which mixtures of experts count their tokens, and the
+gradient of a weight norm, whose forward Inductor takes apart itself.
+
 AOTAutograd applies the table below the gradient, so that forward and backward hold what the
 functions here say, and the passes then find ordinary products. Inductor would call ATen for each:
 
@@ -8,6 +11,8 @@ functions here say, and the passes then find ordinary products. Inductor would c
     aten._trilinear                      what F.bilinear is: a product of three, summed
     aten._native_multi_head_attention    nn.MultiheadAttention in eval mode without gradients
     aten._transformer_encoder_layer_fwd  nn.TransformerEncoderLayer likewise
+    aten.histc                           with bounds: how many values lie in each bin
+    aten._weight_norm_interface_backward the gradient of torch.nn.utils.weight_norm
 
 Left alone: nested tensors, which reach none of these under torch.compile.
 """
@@ -168,10 +173,35 @@ def transformer_encoder_layer(
     return norm2(src + feed_forward(src))
 
 
+def histc(x: Tensor, bins: int = 100, min: float = 0, max: float = 0) -> Any:
+    """How many values lie in each of `bins` of one width; the last holds its upper bound too."""
+    if min >= max:  # the bounds are those of the data, or an error
+        return NotImplemented
+    values = x.flatten()
+    seen = (values >= min) & (values <= max)
+    scaled = (values - min) * bins / (max - min)
+    places = torch.where(seen, scaled, -1).floor().to(torch.int64).clamp(max=bins - 1)
+    each = torch.arange(bins, device=x.device)
+    return (places[:, None] == each).sum(0).to(x.dtype)
+
+
+def weight_norm_backward(
+    grad: Tensor, v: Tensor, g: Tensor, norms: Tensor, dim: int
+) -> tuple[Tensor, Tensor]:
+    """The gradients of v and g, of the weight v · g / norm(v) over all dimensions but `dim`."""
+    others = [d for d in range(v.dim()) if d != dim % v.dim()]
+    norms, wide = norms.float(), v.float()
+    along = (grad.float() * wide).sum(others, keepdim=True)
+    grad_v = g.float() / norms * (grad.float() - wide * (along / (norms * norms)))
+    return grad_v.to(v.dtype), (along / norms).to(g.dtype)
+
+
 DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     aten.addbmm.default: addbmm,
     aten._addmm_activation.default: addmm_activation,
     aten._trilinear.default: trilinear,
     aten._native_multi_head_attention.default: native_multi_head_attention,
     aten._transformer_encoder_layer_fwd.default: transformer_encoder_layer,
+    aten.histc.default: histc,
+    aten._weight_norm_interface_backward.default: weight_norm_backward,
 }

@@ -136,6 +136,31 @@ def replace(
     return new
 
 
+def put(old: torch.fx.Node, new: torch.fx.Node) -> None:
+    """Puts a new value in the place of an old, and lays it out as that: a copy that fuses."""
+    if not same_layout(value(new), value(old)):
+        aten = torch.ops.aten
+        order = _slowest_first(value(old))
+        back = sorted(range(len(order)), key=order.__getitem__)
+        is_row_major = order == sorted(order)
+        form = {"memory_format": torch.contiguous_format}
+        new = new if is_row_major else insert(old, aten.permute.default, (new, order))
+        new = insert(old, aten.clone.default, (new,), form)
+        new = new if is_row_major else insert(old, aten.permute.default, (new, back))
+    old.replace_all_uses_with(new)
+
+
+def _slowest_first(tensor: torch.Tensor) -> list[int]:
+    """The dimensions as they lie in memory; symbolic ones are row-major or have channels last."""
+    dims = list(range(tensor.dim()))
+    if is_contiguous(tensor):
+        return dims
+    strides = list(tensor.stride())
+    if all(isinstance(stride, int) for stride in strides):
+        return sorted(dims, key=lambda dim: -strides[dim])
+    return [0, *dims[2:], 1]
+
+
 def arguments(node: torch.fx.Node) -> dict[str, Any]:
     """An aten node's arguments by their schema's names, defaults filled in."""
     schema = node.target._schema  # type: ignore[union-attr]

@@ -34,8 +34,13 @@ from triton_only_backend.passes.merge_counters import merge_counters
 from triton_only_backend.passes.merge_linears import merge_linears
 from triton_only_backend.passes.refusal import DECLINED_KEY, META_KEY
 from triton_only_backend.passes.rewrite_attention import rewrite_attention
+from triton_only_backend.passes.rewrite_complex import rewrite_complex
+from triton_only_backend.passes.rewrite_convolution import rewrite_convolution
+from triton_only_backend.passes.rewrite_grouped_mm import rewrite_grouped_mm
 from triton_only_backend.passes.rewrite_matmul import rewrite_matmul
 from triton_only_backend.passes.rewrite_seeds import rewrite_seeds
+from triton_only_backend.passes.rewrite_sort import rewrite_sort
+from triton_only_backend.passes.rewrite_topk import rewrite_topk
 from triton_only_backend.passes.sdpa_to_flex import sdpa_to_flex
 from triton_only_backend.passes.share_mask_spans import share_mask_spans
 from triton_only_backend.passes.split_argmax import split_argmax
@@ -63,10 +68,15 @@ PIPELINE: tuple[Pass, ...] = (
     Pass("capture_attention", "dynamo", capture_attention),
     Pass("rewrite_attention", "joint", rewrite_attention),
     Pass("rewrite_seeds", "joint", rewrite_seeds),
+    Pass("rewrite_complex", "joint", rewrite_complex),
     Pass("fold_masks", "joint", fold_masks),
     Pass("fold_kv_expand", "joint", fold_kv_expand),
     Pass("rewrite_seeds", "aten", rewrite_seeds),
     Pass("fold_kv_expand", "aten", fold_kv_expand),
+    Pass("rewrite_convolution", "aten", rewrite_convolution),
+    Pass("rewrite_sort", "aten", rewrite_sort),
+    Pass("rewrite_topk", "aten", rewrite_topk),
+    Pass("rewrite_grouped_mm", "aten", rewrite_grouped_mm),
     Pass("fold_broadcast_bmm", "aten", fold_broadcast_bmm),
     Pass("rewrite_matmul", "aten", rewrite_matmul),
     Pass("keep_last_position", "aten", keep_last_position),

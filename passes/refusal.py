@@ -24,6 +24,10 @@ class Reason(enum.Enum):
     HEAD_DIM_TOO_LARGE = "the head dimension exceeds 256, or varies"
     DROPOUT = "the probability of dropout is not known when the graph is compiled"
     MASK_NEEDS_GRADIENT = "the attention kernels give no gradient for the mask"
+    CONVOLUTION = "not a convolution that is computed as a product or a short sum"
+    GROUPED_BIAS = "the grouped product has a bias"
+    UNKNOWN_ROW = "the length of the rows is not known when the graph is compiled"
+    MANY_OF_A_ROW = "more than is sorted in one block is to be taken of a longer row, or of none"
     MASK_AND_CAUSAL = "both a mask and is_causal are given, which PyTorch refuses"
 
 
@@ -36,6 +40,10 @@ _KINDS = {
     Reason.HEAD_DIM_TOO_LARGE: "UNSUPPORTED_SIZE",
     Reason.DROPOUT: "UNSUPPORTED_ARGUMENT",
     Reason.MASK_NEEDS_GRADIENT: "UNSUPPORTED_ARGUMENT",
+    Reason.CONVOLUTION: "UNSUPPORTED_ARGUMENT",
+    Reason.GROUPED_BIAS: "UNSUPPORTED_ARGUMENT",
+    Reason.UNKNOWN_ROW: "UNSUPPORTED_SIZE",
+    Reason.MANY_OF_A_ROW: "UNSUPPORTED_SIZE",
     Reason.MASK_AND_CAUSAL: "UNSUPPORTED_ARGUMENT",
 }
 

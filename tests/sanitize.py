@@ -172,6 +172,10 @@ def linear() -> None:
         ours.linear_many(x, weights, biases)
         options = {"norm_weight": randn(K), "norm_eps": 1e-5}
         ours.linear_fused(x, weights, biases, **options)
+        layer_norm = {**options, "norm_centered": True, "norm_bias": randn(K)}
+        for stored in (weights, [randn(K, N).T for _ in range(3)]):
+            ours.linear_fused(x, stored, biases, **layer_norm)
+            ours.linear_fused(x, stored[:2], [], norm_centered=True, gated=True)
         for activation in ("none", "silu"):
             ours.linear_fused(
                 x, weights[:2], biases[:2], activation=activation, gated=True,
@@ -185,14 +189,17 @@ def linear_gemv() -> None:
     from triton_only_backend.kernels.linear_gemv import linear_gemv
     from triton_only_backend.kernels.rms_norm import Norm
 
-    for rows, gated in itertools.product((1, 2), (False, True)):
+    flags = (False, True)
+    for rows, gated, k_major, centered in itertools.product((1, 2), flags, flags, flags):
         K = 264
-        weights = [randn(n, K) for n in ((45, 45) if gated else (45, 7, 72))]
+        columns = (45, 45) if gated else (45, 7, 72)
+        weights = [randn(n, K) if k_major else randn(K, n).T for n in columns]
         outs = [randn(rows, w.shape[0]) for w in (weights[:1] if gated else weights)]
         biases = [randn(w.shape[0]) for w in weights]
         linear_gemv(
-            randn(rows, K), weights, biases, outs, config=GemvConfig(8, 128, 4, 3),
-            norm=Norm(randn(K), 1e-5, 0.0), gated=gated,
+            randn(rows, K), weights, biases, outs,
+            config=GemvConfig(8 if k_major else 32, 128, 4, 3, k_major),
+            norm=Norm(randn(K), 1e-5, 0.0, centered, randn(K) if centered else None), gated=gated,
         )  # fmt: skip
 
 
@@ -252,6 +259,16 @@ def rms_norm() -> None:
 
     for K in (7, 1001, 9001):
         rms_norm(randn(5, K), Norm(randn(K), 1e-5, 1.0), randn(5, K))
+
+
+@problem
+def layer_norm() -> None:
+    from triton_only_backend.kernels.layer_norm import layer_norm
+    from triton_only_backend.kernels.rms_norm import Norm
+
+    for K in (7, 1001, 9001):
+        for norm in (Norm(randn(K), 1e-5, 0.0, True, randn(K)), Norm(None, 1e-5, 0.0, True)):
+            layer_norm(randn(5, K), norm, randn(5, K))
 
 
 # attention
@@ -349,19 +366,29 @@ def rope_cache_apart() -> None:
     """So many splits that rotation and cache write take a launch of their own."""
     from triton_only_backend.kernels.attention_configs import DecodeConfig
     from triton_only_backend.kernels.rope_cache_attention import attention_rope_cache
+    from triton_only_backend.kernels.rope_cache_ops import Inputs
 
     dim, length = 128, 2101
     q, k, v = randn(2, 16, 1, dim), randn(2, 1, 1, dim), randn(2, 1, 1, dim)
     cos, sin = (randn(2, 1, dim, dtype=FULL) for _ in range(2))
     caches = [randn(2, 1, length, dim) for _ in range(2)]
+    slots = torch.tensor([5, length - 1], device=DEVICE)
     attention_rope_cache(
-        q, k, v, cos, sin, *caches, torch.tensor([5, length - 1], device=DEVICE), None,
-        randn(2, 16, 1, dim), rope="half", is_causal=False, scale=None,
-        config=DecodeConfig(32, 64, 4, 2, 16),
+        Inputs(q, k, v, cos, sin, *caches, slots), randn(2, 16, 1, dim),
+        rope="half", is_causal=False, scale=None, config=DecodeConfig(32, 64, 4, 2, 16),
     )  # fmt: skip
     q, k, v = (randn(2, n, 5, dim) for n in (11, 1, 1))
     cos, sin = (randn(1, 5, 40, dtype=FULL) for _ in range(2))
     ours.rope_cache(q, k, v, cos, sin, *caches, torch.arange(5, device=DEVICE))
+
+
+@problem
+def experts() -> None:
+    """Groups of no, few and many rows, forward and backward; rows that belong to none."""
+    for dtype in (HALF, FULL):
+        ends = torch.tensor([0, 3, 140, 141], dtype=torch.int32, device=DEVICE)
+        a, b = leaf(150, 72, dtype=dtype), leaf(4, 72, 136, dtype=dtype)
+        ours.grouped_mm(a, b, ends).sum().backward()
 
 
 @problem

@@ -98,7 +98,7 @@ CULPRITS = {
         P.CUDNN, P.CUBLAS, P.CUTLASS, P.UNKNOWN,
     ),
     "sort": culprit(lambda a: a.view(1, -1).sort(-1)[0], "aten.sort", P.CUB, P.CUB, P.ATEN),
-    "topk": culprit(lambda a: a.view(1, -1).topk(3)[0], "aten.topk", P.ATEN, P.ATEN, P.CUB),
+    "kthvalue": culprit(lambda a: a.view(1, -1).kthvalue(3)[0], "aten.kthvalue", P.ATEN, P.ATEN, P.CUB),
     "multinomial": culprit(
         lambda a: torch.multinomial(a.abs() + 1, 2), "aten.multinomial", P.ATEN, P.ATEN, P.CUB
     ),
@@ -219,19 +219,19 @@ def test_a_culprit_in_the_backward_only_is_found(matrix):
 
 def test_a_culprit_in_a_recompilation_for_other_shapes_is_found(device):
     def by_length(a):
-        return a.topk(2)[0] if a.shape[0] > 8 else torch.relu(a)
+        return a.kthvalue(2)[0] if a.shape[0] > 8 else torch.relu(a)
 
     compiled = torch.compile(by_length, backend="triton_only", dynamic=True)
     for rows in (3, 5, 8):
         compiled(torch.randn(rows, 16, device=device))
     with pytest.raises(tob.AuditError) as raised:
         compiled(torch.randn(9, 16, device=device))
-    assert named(raised.value.report, "aten.topk") == {P.ATEN}
+    assert named(raised.value.report, "aten.kthvalue") == {P.ATEN}
 
 
 def test_symbolic_shapes_are_told(device):
     def function(a):
-        return a.topk(2)[0]
+        return a.kthvalue(2)[0]
 
     report = audit_with(function, [torch.randn(9, 16, device=device)], dynamic=True)
     (finding,) = report.findings
@@ -240,7 +240,7 @@ def test_symbolic_shapes_are_told(device):
 
 def test_a_culprit_in_a_cached_graph_is_found(matrix):
     def function(a):
-        return torch.topk(torch.tanh(a), 2)[0]
+        return torch.kthvalue(torch.tanh(a), 2)[0]
 
     reports = []
     for _ in range(2):

@@ -26,7 +26,7 @@ class Net(nn.Module):
     def forward(self, x):
         y = self.linear(x)[:, None]
         y = F.scaled_dot_product_attention(y, y, y)[:, 0]
-        return torch.topk(torch.relu(y), 3)[0]
+        return torch.kthvalue(torch.relu(y), 3)[0]
 
 
 @pytest.fixture
@@ -38,8 +38,8 @@ def test_an_exported_program_brings_its_inputs_and_lines(program):
     with torch.no_grad():
         report = tob.audit(program)
     (finding,) = report.findings
-    assert finding.op == "aten.topk.default"
-    assert "in forward: return torch.topk(torch.relu(y), 3)[0]" in finding.source_line
+    assert finding.op == "aten.kthvalue.default"
+    assert "in forward: return torch.kthvalue(torch.relu(y), 3)[0]" in finding.source_line
     ours = {row.op for row in report.ops if row.provider is Provider.TRITON_OURS}
     assert any("attention" in op for op in ours)
     assert any("linear" in op or "mm" in op for op in ours)
@@ -55,8 +55,10 @@ def test_the_command_line_reads_programs(program, tmp_path):
     saved, written = tmp_path / "net.pt2", tmp_path / "audit.json"
     torch.export.save(program, saved)
     assert run("audit", saved, "--no-grad", "--json", written) == 1
-    assert [f["op"] for f in json.loads(written.read_text())["findings"]] == ["aten.topk.default"]
-    assert run("audit", saved, "--no-grad", "--allow", "aten.topk*") == 0
+    assert [f["op"] for f in json.loads(written.read_text())["findings"]] == [
+        "aten.kthvalue.default"
+    ]
+    assert run("audit", saved, "--no-grad", "--allow", "aten.kthvalue*") == 0
 
 
 def test_what_is_no_program_is_refused(tmp_path, capsys):
@@ -160,5 +162,5 @@ def test_a_real_package_shows_its_library_calls(program, tmp_path):
     torch._inductor.aoti_compile_and_package(program, package_path=str(path))
     report = audit_package(path)
     assert not report.is_triton_only
-    assert any(f.op.startswith("aten.topk") for f in report.findings)
+    assert any(f.op.startswith("aten.kthvalue") for f in report.findings)
     assert report.operations

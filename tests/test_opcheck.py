@@ -49,6 +49,9 @@ def samples(device):
             (data(2, 32), [data(16, 32), data(16, 32)], []),
             {"norm_weight": data(32), "norm_eps": 1e-5, "activation": "silu", "gated": True},
         ),
+        "grouped_mm": (
+            (leaf(7, 6), leaf(2, 6, 5), torch.tensor([3, 7], dtype=torch.int32, device=device)), {},
+        ),
         "mask_spans": ((data(2, 1, 20, 40).gt(0),), {}),
         "attention": ((leaf(*q), leaf(*k), leaf(*k)), grouped),
         "attention_forward": ((leaf(*q), leaf(*k), leaf(*k)), grouped),

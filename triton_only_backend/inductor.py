@@ -118,6 +118,7 @@ def compile_graph(
 
 def decompose(function: Callable[..., Any], inputs: Sequence[Any]) -> torch.fx.GraphModule:
     """A function of fake tensors as an aten graph, as Inductor has it after its joint passes."""
+    from torch._dispatch.python import enable_python_dispatcher
     from torch._inductor import config
     from torch._inductor.fx_passes.replace_random import replace_random_passes
     from torch._inductor.virtualized import V
@@ -125,7 +126,8 @@ def decompose(function: Callable[..., Any], inputs: Sequence[Any]) -> torch.fx.G
 
     trace = make_fx(function, decomposition_table=_inductor_decompositions({}))
     mode = inputs[0].fake_mode
-    with mode, V.set_fake_mode(mode), torch.no_grad():
+    # Without the Python dispatcher, composite ops take symbolic sizes for numbers.
+    with mode, enable_python_dispatcher(), V.set_fake_mode(mode), torch.no_grad():
         traced: torch.fx.GraphModule = trace(*inputs)
         if not config.fallback_random:
             replace_random_passes(traced)
