@@ -12,7 +12,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 import pytest
 import torch
 
-from triton_only_backend import interpreter
+from triton_only_backend import backend, interpreter
 
 INTERPRETED = interpreter.install_if_wanted()
 
@@ -36,7 +36,8 @@ def device() -> str:
 
 @pytest.fixture(autouse=True)
 def fresh_dynamo() -> object:
-    """Each test compiles anew, with the same random numbers."""
+    """Each test compiles anew, with the same random numbers and no report of another's graphs."""
     torch.manual_seed(0)
+    backend._recent.clear()  # bounded: once full, its length says nothing of what a test compiled
     yield
     torch._dynamo.reset()

@@ -33,7 +33,7 @@ Target = Annotated[str, typer.Argument(metavar="MODULE:FACTORY", help=FACTORY, s
 Json = Annotated[Path | None, form("--json", "Write the result there as JSON.")]
 Markdown = Annotated[Path | None, form("--markdown", "Write it there as Markdown.")]
 Html = Annotated[Path | None, form("--html", "Write it there as one page of HTML.")]
-Plot = Annotated[Path | None, form("--plot", "Draw the ratio against M there, one line a shape.")]
+Plot = Annotated[Path | None, form("--plot", "Draw it there: .png, .svg, .pdf.")]
 Allow = Annotated[
     list[str] | None,
     typer.Option(
