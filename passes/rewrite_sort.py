@@ -11,7 +11,9 @@ After:
     marks: "i32[4096, 128]" = aten.eq(aten.unsqueeze(experts, 1), aten.arange(128))
     upto = aten.cumsum(marks, 0);  start = aten.cumsum(upto[-1], 0) - upto[-1]
     place = aten.gather(start + upto - 1, 1, experts)
-    order = aten.scatter(…, 0, place, aten.arange(4096));  sorted = experts[order]
+    order = aten.scatter(…, 0, place, aten.arange(4096)).long();  sorted = experts[order]
+
+The order is scattered as int32: Inductor leaves a scatter of int64 on a GPU to ATen.
 
 Equal numbers keep their order. Left alone: what Inductor sorts itself, numbers that are not a
 topk's places in rows of at most MAX_NUMBERS, other than ascending order of one dimension.
@@ -78,5 +80,6 @@ def by_counting(x: torch.Tensor, *, numbers: int) -> tuple[torch.Tensor, torch.T
     count = upto[-1]
     start = count.cumsum(0, dtype=torch.int32) - count
     place = (start + upto - 1).gather(1, x[:, None])[:, 0].long()
-    order = torch.zeros_like(x).scatter(0, place, torch.arange(x.shape[0], device=x.device))
+    rows = torch.arange(x.shape[0], device=x.device, dtype=torch.int32)
+    order = torch.zeros_like(rows).scatter(0, place, rows).long()
     return x[order], order

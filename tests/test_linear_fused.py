@@ -68,7 +68,7 @@ class Problem:
             ys = [y + options.get("residual", 0)]
         return ys
 
-    def check(self) -> None:
+    def check(self, allowance: float = 0.0) -> None:
         outs = self.run()
         exact, vendor = self.reference(torch.float64), self.reference(self.input.dtype)
         assert len(outs) == len(exact)
@@ -86,7 +86,8 @@ class Problem:
             size = right if residual is None else right.abs() + residual.double().abs()
             # On a handful of elements the vendor's error may be small by luck.
             factor = 2 if right.numel() > 100 else 4
-            assert error <= factor * max(vendor_error, rounding * size.norm().item())
+            rounding_error = rounding * size.norm().item() + allowance
+            assert error <= factor * max(vendor_error, rounding_error)
 
 
 def problem(
@@ -169,7 +170,11 @@ def test_layer_norm_of_a_mean_of_a_thousand_deviations(M, K, dtype, device):
     p = problem(device, M, (12,), K, dtype, layer="weight bias", bias=True)
     p.input = (torch.randn(M, K, device=device) + 1000).to(dtype)
     p.options["norm_eps"] = 1e-5
-    p.check()
+    # The mean is a number of fp32 itself: half a unit of its last place moves the whole row.
+    rounding = torch.finfo(torch.float32).eps / 2 * 1000
+    scale = (p.options["norm_weight"] + p.options.get("norm_offset", 0.0)).double()
+    moved = F.linear(scale, p.weights[0].double()).norm().item() * M**0.5
+    p.check(allowance=rounding * moved)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

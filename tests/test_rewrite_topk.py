@@ -7,6 +7,7 @@ import torch
 
 from triton_only_backend import testing
 from triton_only_backend.errors import AuditError
+from triton_only_backend.model_audit import audit_with
 from triton_only_backend.passes import rewrite_topk
 from triton_only_backend.passes.refusal import META_KEY
 from triton_only_backend.passes.rewrite_sort import by_counting, rewrite_sort
@@ -113,6 +114,11 @@ def test_sort_of_places(dynamic, device):
     expected = torch.sort(chosen, stable=True)
     assert torch.equal(values, expected[0])
     assert torch.equal(order, expected[1])
+
+
+def test_sort_of_places_on_a_gpu_that_is_not_there():
+    """A GPU's Triton has no scatter of int64."""
+    assert audit_with(experts, [torch.randn(300, 12)], target="cuda:90").is_triton_only
 
 
 def test_the_pass_of_sorts_is_sound():
