@@ -116,6 +116,7 @@ def test_sort_of_places(dynamic, device):
     assert torch.equal(order, expected[1])
 
 
+@pytest.mark.cpu
 def test_sort_of_places_on_a_gpu_that_is_not_there():
     """A GPU's Triton has no scatter of int64."""
     assert audit_with(experts, [torch.randn(300, 12)], target="cuda:90").is_triton_only
