@@ -40,20 +40,23 @@ class Case:
     seed: int
 
 
-def make_cases(seed: int, count: int, largest: int = 1 << 30) -> list[Case]:
-    """`count` cases, those that launch like kernels beside each other; no size above `largest`."""
+def make_cases(seed: int, count: int, largest: int = 1 << 30, alike: int = 1) -> list[Case]:
+    """`count` cases, those that launch like kernels beside each other; no size above `largest`.
+
+    `alike` cases each share what a kernel is compiled for, and differ in sizes, factors and values.
+    """
     draw = random.Random(seed)
 
-    def size(classes: tuple[tuple[int, ...], ...]) -> int:
-        return draw.choice(draw.choice([some for some in classes if max(some) <= largest]))
+    def size_class(classes: tuple[tuple[int, ...], ...]) -> tuple[int, ...]:
+        return draw.choice([some for some in classes if max(some) <= largest])
 
     found = []
     for number in range(count):
-        op = draw.choice(OPS)
-        fused = op == "linear_fused"
-        plain = draw.random() < 0.75
-        found.append(
-            Case(
+        if number % alike == 0:
+            op = draw.choice(OPS)
+            fused = op == "linear_fused"
+            plain = draw.random() < 0.75
+            shared: dict[str, Any] = dict(
                 op=op,
                 dtype=draw.choice(list(DTYPES)),
                 layout_a="row" if plain else draw.choice(LAYOUTS),
@@ -64,10 +67,15 @@ def make_cases(seed: int, count: int, largest: int = 1 << 30) -> list[Case]:
                 if fused
                 else draw.choice(("vector", "matrix", "column")),
                 activation=draw.choice(ACTIVATIONS) if fused else "none",
-                K=size(DEPTHS),
-                N=size(COLUMNS),
-                M=size(ROWS),
                 batch=draw.choice((1, 2, 5)) if op in ("bmm", "baddbmm") else 1,
+            )
+            depths, columns, rows = map(size_class, (DEPTHS, COLUMNS, ROWS))
+        found.append(
+            Case(
+                **shared,
+                K=draw.choice(depths),
+                N=draw.choice(columns),
+                M=draw.choice(rows),
                 alpha=draw.choice((1.0, 0.5, -2.0, 0.3)),
                 beta=draw.choice((0.0, 1.0, -0.7, 2.0)),
                 seed=number,
