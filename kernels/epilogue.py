@@ -54,6 +54,12 @@ class Epilogue:
         residual = None if self.residual is None else self.residual.mT
         return Epilogue(self.activation, multiplier, self.scale, residual)
 
+    def of_columns(self, columns: slice) -> Epilogue:
+        """The same for some columns of the product."""
+        multiplier = None if self.multiplier is None else self.multiplier[:, columns]
+        residual = None if self.residual is None else self.residual[:, columns]
+        return Epilogue(self.activation, multiplier, self.scale, residual)
+
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """The operands that are there."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from triton_only_backend.kernels import tuned
@@ -155,6 +156,7 @@ _HOPPER_TILES = (
 )
 _HOPPER_BYTES_PER_US = 4.2e6
 _HOPPER_REDUCTION_US = 5.0
+_WHOLE_WAVES_GAIN = 0.98  # by which a second launch must promise to be faster
 
 
 def _hopper(problem: GemmProblem, hardware: Hardware) -> GemmConfig | None:
@@ -163,7 +165,7 @@ def _hopper(problem: GemmProblem, hardware: Hardware) -> GemmConfig | None:
         if problem.M <= problem.N:
             return _hopper_skinny(problem.transposed, hardware, swap=True)
         return _hopper_skinny(problem, hardware, swap=False)
-    return hopper_choice(problem, hardware)[1]
+    return _in_whole_waves(problem, hardware) or hopper_choice(problem, hardware)[1]
 
 
 def hopper_choice(
@@ -193,6 +195,21 @@ def hopper_choice(
                 best = (cost, config)
     assert best is not None
     return best
+
+
+def _in_whole_waves(problem: GemmProblem, hardware: Hardware) -> GemmConfig | None:
+    """The largest tiles in whole waves, what is left in smaller ones; None where that is no gain."""
+    block_m, block_n = 128, 256
+    rows = math.ceil(problem.M / block_m)
+    waves = rows * math.ceil(problem.N / block_n) // hardware.num_sms
+    columns = waves * hardware.num_sms // rows * block_n
+    if not 0 < columns < problem.N:
+        return None
+    cost, config = hopper_choice(replace(problem, N=columns), hardware, may_split=False)
+    rest, _ = hopper_choice(replace(problem, N=problem.N - columns), hardware, may_split=False)
+    if cost + rest > _WHOLE_WAVES_GAIN * hopper_choice(problem, hardware)[0]:
+        return None
+    return replace(config, columns=columns)
 
 
 def _hopper_skinny(problem: GemmProblem, hardware: Hardware, *, swap: bool) -> GemmConfig | None:

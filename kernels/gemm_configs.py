@@ -71,6 +71,8 @@ class GemmConfig:
         store_halves: the persistent kernel stores its tile in two halves, for half the staging
             memory and so a deeper pipeline.
         flatten: the persistent kernel loads a tile's operands while it writes the tile before.
+        columns: the first columns are computed so, whose tiles come in whole waves, and those that
+            would leave a wave half empty by a launch of their own with smaller tiles; 0: all are.
     """
 
     kernel: Literal["gemm", "gemm_tma", "gemv"]
@@ -86,6 +88,7 @@ class GemmConfig:
     resident: int = 1
     store_halves: bool = False
     flatten: bool = True
+    columns: int = 0
 
 
 # Shared memory in which a tile of an epilogue's operands changes its layout.
@@ -166,10 +169,17 @@ def with_staging(
     it spills 136 bytes with an output in fp32, 64 to 500 with an fp32 operand, two operands or
     rows that are not aligned; so do 64 sums flattened, and if the output's rows are those. Measured
     on an H200: one tile a program is faster whole with 3 stages than in halves with 4
-    (4096 × 14336, M = 1024: 164 and 172 µs).
+    (4096 × 14336, M = 1024: 164 and 172 µs). Split along K and flattened, the partials' tile in
+    fp32 changes its layout beside the stages.
     """
-    if config.kernel != "gemm_tma" or config.split_k > 1:
+    if config.kernel != "gemm_tma":
         return config
+    stage = (config.block_m + config.block_n) * config.block_k * problem.element_size
+    if config.split_k > 1:
+        used = config.num_stages * stage + config.block_m * config.block_n * 4 + 1024
+        return replace(
+            config, flatten=config.flatten and config.resident * used <= hardware.shared_memory
+        )
     sums = config.block_m * config.block_n // (32 * config.num_warps)  # of a thread
     flatten = config.flatten and (sums < 64 or not traits.is_awkward)
     if sums > traits.most_sums:
@@ -182,7 +192,6 @@ def with_staging(
         halves = flattened and config.block_n >= 128
     staging = config.block_m * config.block_n * traits.out_size // (1 + halves)
     staging += OPERAND_BYTES if traits.operand_size > 0 and flattened else 0
-    stage = (config.block_m + config.block_n) * config.block_k * problem.element_size
     room = hardware.shared_memory // config.resident - staging - 1024
     stages = max(1, min(config.num_stages, room // stage))
     return replace(config, num_stages=stages, store_halves=halves, flatten=flatten)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from triton_only_backend.errors import UnsupportedProblemError
 from triton_only_backend.kernels import hardware
 from triton_only_backend.kernels.epilogue import NO_EPILOGUE, Epilogue
 from triton_only_backend.kernels.gemm import gemm
-from triton_only_backend.kernels.gemm_choice import select_config
+from triton_only_backend.kernels.gemm_choice import heuristic_config, select_config
 from triton_only_backend.kernels.gemm_configs import (
     EpilogueTraits,
+    GemmConfig,
     GemmProblem,
     bucket,
     with_staging,
@@ -108,31 +111,58 @@ def matmul(
     batch, M, K = a.shape
     N = b.shape[2]
     bias = None if bias is None or beta == 0 else bias.expand(batch, M, N)
-    precision = precision_of(a)
     problem = GemmProblem(
         batch=batch,
         M=bucket(M),
         N=bucket(N),
         K=K,
         element_size=a.element_size(),
-        ieee=a.dtype == torch.float32 and precision == "ieee",
+        ieee=a.dtype == torch.float32 and precision_of(a) == "ieee",
         a_k_contiguous=a.stride(2) == 1,
         b_k_contiguous=b.stride(1) == 1,
         aligned=K > 0 and is_aligned(a) and is_aligned(b),  # no descriptor is of no element
     )
     config = select_config(problem, device)
     with hardware.guard(out):
-        if config.kernel == "gemv":
-            gemv(a, b, bias, out, alpha=alpha, beta=beta, config=config, epilogue=epilogue)
-        elif config.kernel == "gemm_tma":
-            traits = epilogue_traits(out[0], None if bias is None else bias[0], epilogue)
-            config = with_staging(config, problem, traits, device)
-            gemm_tma(
-                a[0], b[0], None if bias is None else bias[0], out[0],
-                alpha=alpha, beta=beta, config=config, num_sms=device.num_sms, epilogue=epilogue,
+        if not 0 < config.columns < N:
+            launch(a, b, bias, out, alpha, beta, epilogue, problem, config)
+            return
+        first, rest = slice(0, config.columns), slice(config.columns, N)
+        rest_problem = replace(problem, N=bucket(N - config.columns))
+        for columns, part, chosen in (
+            (first, replace(problem, N=config.columns), config),
+            (rest, rest_problem, heuristic_config(rest_problem, device)),
+        ):
+            launch(
+                a, b[:, :, columns], None if bias is None else bias[:, :, columns],
+                out[:, :, columns], alpha, beta, epilogue.of_columns(columns), part, chosen,
             )  # fmt: skip
-        else:
-            gemm(
-                a, b, bias, out,
-                alpha=alpha, beta=beta, config=config, precision=precision, epilogue=epilogue,
-            )  # fmt: skip
+
+
+def launch(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    alpha: float,
+    beta: float,
+    epilogue: Epilogue,
+    problem: GemmProblem,
+    config: GemmConfig,
+) -> None:
+    """The kernel that `config` names, on operands as `matmul` takes them, the bias expanded."""
+    device = hardware.of(out.device)
+    if config.kernel == "gemv":
+        gemv(a, b, bias, out, alpha=alpha, beta=beta, config=config, epilogue=epilogue)
+    elif config.kernel == "gemm_tma":
+        row_bias = None if bias is None else bias[0]
+        config = with_staging(config, problem, epilogue_traits(out[0], row_bias, epilogue), device)
+        gemm_tma(
+            a[0], b[0], row_bias, out[0],
+            alpha=alpha, beta=beta, config=config, num_sms=device.num_sms, epilogue=epilogue,
+        )  # fmt: skip
+    else:
+        gemm(
+            a, b, bias, out,
+            alpha=alpha, beta=beta, config=config, precision=precision_of(a), epilogue=epilogue,
+        )  # fmt: skip

@@ -65,7 +65,13 @@ for text in work["tables"]:
         report(text, before)
 """
 QUICK = {
-    "shapes": [(1, 4096, 4096, True), (16, 4096, 14336, True), (512, 4096, 4096, False)],
+    "shapes": [
+        (1, 4096, 4096, True),
+        (16, 4096, 14336, True),
+        (512, 4096, 4096, False),
+        (256, 10240, 8192, True),
+        (512, 28672, 4096, True),
+    ],
     "fused": [(1, 4096, 4096, True), (64, 4096, 4096, False)],
     "tables": [],
 }

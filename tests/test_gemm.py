@@ -260,6 +260,31 @@ def test_descriptor_kernel(a_layout, b_layout, with_bias, split_k, dtype, device
             assert_as_accurate(out, vendor, exact)
 
 
+@pytest.mark.parametrize("columns", [32, 64, 72, 96])
+def test_columns_apart(columns, device):
+    """The first columns by one configuration, the rest by another; none or all by the first."""
+    from triton_only_backend.kernels import tuned
+    from triton_only_backend.kernels.epilogue import Epilogue
+    from triton_only_backend.kernels.gemm_configs import GemmConfig
+    from triton_only_backend.kernels.matmul import matmul
+
+    M, N, K = 40, 72, 152
+    a, b = torch.randn(1, M, K, device=device), torch.randn(1, N, K, device=device).mT
+    bias = torch.randn(1, N, device=device)
+    multiplier, residual = torch.randn(2, M, N, device=device)
+    out = torch.full((1, M, N), float("nan"), device=device)
+    epilogue = Epilogue("relu", multiplier, 0.5, residual)
+    with tuned.forcing("gemm", GemmConfig("gemm", 64, 32, 32, 1, 8, 4, 3, columns=columns)):
+        matmul(a, b, bias, out, alpha=0.5, beta=2.0, epilogue=epilogue)
+
+    def reference(a, b, bias, multiplier, residual):
+        return (0.5 * (a @ b) + 2 * bias).relu() * multiplier * 0.5 + residual
+
+    operands = (a[0], b[0], bias, multiplier, residual)
+    exact = reference(*[x.double() for x in operands])
+    assert_as_accurate(out[0], reference(*operands), exact)
+
+
 def test_alignment(device):
     from triton_only_backend.kernels.matmul import is_aligned
 

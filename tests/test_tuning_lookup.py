@@ -179,8 +179,12 @@ def test_the_epilogue_has_shared_memory_left() -> None:
         assert (config.block_n, config.flatten) == (256, True)
     whole = dataclasses.replace(wide, store_halves=False, num_stages=3)
     assert with_staging(whole, many, EpilogueTraits(2), H200) == whole
+    # Partials in fp32 change their layout beside the stages of a flattened loop, if they fit.
     split = dataclasses.replace(wide, split_k=2)
-    assert with_staging(split, many, EpilogueTraits(2, 2), H200) == split
+    apart = dataclasses.replace(split, flatten=False)
+    assert with_staging(split, many, EpilogueTraits(2, 2), H200) == apart
+    small = dataclasses.replace(split, block_m=64, block_n=64)
+    assert with_staging(small, many, EpilogueTraits(2, 2), H200) == small
     assert with_staging(CONFIG, many, EpilogueTraits(2, 4), H200) == CONFIG
 
 
@@ -380,3 +384,16 @@ def test_processes_share_a_database(path: Path) -> None:
     assert [process.exitcode for process in processes] == [0, 0, 0]
     with databases.reading(path) as database:
         assert sorted(trial.us for _, trial in database.trials()) == list(map(float, range(150)))
+
+
+def test_what_would_leave_a_wave_half_empty_is_computed_apart() -> None:
+    """512 × 28672 in tiles of 128 × 256: 448 of 132 at a time; 396 of them in three waves."""
+    problem = GemmProblem(1, 512, 28672, 4096, 2, False, True, True)
+    config = heuristic_config(problem, H200)
+    assert (config.block_m, config.block_n, config.columns) == (128, 256, 99 * 256)
+    for other in (
+        dataclasses.replace(problem, M=1024, N=4096),  # 128 tiles
+        dataclasses.replace(problem, M=8192),  # 54 waves
+        dataclasses.replace(problem, M=16),
+    ):
+        assert heuristic_config(other, H200).columns == 0
