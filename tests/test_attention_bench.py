@@ -54,6 +54,8 @@ def test_gradients_that_are_wrong_are_found(device):
     for operand in operands:
         operand.requires_grad_()
     right = attention.with_gradients(attention.our_call(case))(operands)
+    # A graph that lives on keeps the operands' stream, which no other stream's capture may wait for.
+    assert not any(tensor.requires_grad for tensor in right)
     wrong = (right[0], right[1], right[2] * 1.1, right[3])
     errors = attention_errors.gradient_errors(case, operands, {"right": right, "wrong": wrong})
     assert errors["right"] < 1e-5

@@ -88,7 +88,10 @@ def with_gradients(
     def forward_and_backward(operands: Operands) -> tuple[torch.Tensor, ...]:
         with torch.enable_grad():
             output = call(operands)
-            return output, *torch.autograd.grad(output, operands, output.detach())
+            # Detached: a graph that lived on would tie the next backward, in a CUDA graph's
+            # capture, to the stream of this one.
+            gradient = output.detach()
+            return gradient, *torch.autograd.grad(output, operands, gradient)
 
     return forward_and_backward
 
