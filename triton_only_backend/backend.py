@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from triton_only_backend import files, inductor, interpreter, settings
+from triton_only_backend import files, inductor, inductor_launch, interpreter, settings
 from triton_only_backend.errors import (
     DeviceError,
     SettingsError,
@@ -136,6 +136,8 @@ class Compilation:
         from triton_only_backend.passes import pipeline
 
         config = {**inductor.BASE_CONFIG, **self.settings.inductor}
+        if config.get("triton.cudagraphs"):
+            config = {**inductor_launch.options(), **config}
         if interpreted:
             config.update(interpreter.INDUCTOR_CONFIG)
         elif config.get("max_autotune"):
@@ -216,7 +218,8 @@ class Compilation:
     ) -> tuple[Any, str | None]:
         """The compiled graph and its code; with a target, the graph as it is and the code there."""
         if self.target is None:
-            compiled = compile_fx_inner(gm, example_inputs, **options)
+            with inductor_launch.waiting_first():
+                compiled = compile_fx_inner(gm, example_inputs, **options)
             from triton_only_backend.kernels import tuned
 
             chosen = tuned.Sources.of(self.settings)
@@ -225,9 +228,10 @@ class Compilation:
             return compiled, inductor.source_code(compiled)
         from triton_only_backend import inductor_target
 
-        source = inductor_target.output_code(
-            compile_fx_inner, gm, example_inputs, options, self.target
-        )
+        with inductor_launch.waiting_first():
+            source = inductor_target.output_code(
+                compile_fx_inner, gm, example_inputs, options, self.target
+            )
         return inductor.as_it_is(gm), source
 
     def _record(self, report: AuditReport) -> None:
