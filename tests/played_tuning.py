@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from triton_only_backend import database as databases
 from triton_only_backend.kernels.gemm_configs import GemmConfig, GemmProblem
 from triton_only_backend.kernels.hardware import Hardware
-from triton_only_backend.tuning import gemm_space
+from triton_only_backend.tuning import spaces
 from triton_only_backend.tuning.search import Search
 
 if TYPE_CHECKING:
@@ -83,5 +83,5 @@ def rows(path: Path) -> list[databases.Trial]:
         return [row for _, row in database.trials()]
 
 
-CANDIDATES = gemm_space.candidates(PROBLEM, H200, 12)
+CANDIDATES = spaces.candidates("gemm", PROBLEM, H200, 12)
 SLOW = 100.0

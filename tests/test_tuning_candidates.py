@@ -12,13 +12,12 @@ from triton_only_backend.kernels import tuned
 from triton_only_backend.kernels.attention_configs import AttentionProblem, select_flash_config
 from triton_only_backend.kernels.gemm_choice import heuristic_config
 from triton_only_backend.kernels.gemm_configs import GemmConfig, GemmProblem, supports
+from triton_only_backend.kernels.shipped_tables import shipped_tables
 from triton_only_backend.tuning import gemm_space, problems, spaces
 from triton_only_backend.tuning.compilation import Job, compiled_as
 
 if TYPE_CHECKING:
     from triton_only_backend.kernels.hardware import Hardware
-
-    pass
 
 
 SOME = [
@@ -78,6 +77,20 @@ def test_what_a_sweep_found_best_is_among_the_candidates(shape: Any, best: Any) 
         (c.kernel, c.block_m, c.block_n, c.block_k, c.split_k, c.num_warps, c.swap_operands)
         for c in found
     }
+
+
+def test_what_is_shipped_is_among_the_candidates() -> None:
+    (table,) = (t for t in shipped_tables() if t["gpu"] == H200.name)
+    differs = 0
+    for text, config in table["entries"]["gemm"].items():
+        problem = spaces.decode_problem("gemm", text)
+        found = spaces.candidates("gemm", problem, H200, 4)
+        assert len(found) == len(set(found)) == 4
+        assert found[0] == heuristic_config(problem, H200)
+        assert spaces.decode_config("gemm", config) == spaces.shipped("gemm", problem, H200)
+        assert spaces.shipped("gemm", problem, H200) in found
+        differs += found[0] != found[1] == spaces.shipped("gemm", problem, H200)
+    assert differs
 
 
 def test_jobs_of_one_kernel_compile_once() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -51,7 +52,7 @@ def test_dry_run(capsys: pytest.CaptureFixture[str]) -> None:
     ("arguments", "message"),
     [
         ([], "name what to tune"),
-        (["--preset", "nothing"], "--preset 'nothing' is none of llama, all"),
+        (["--preset", "nothing"], "--preset 'nothing' is none of llama, all, attention, random"),
         (["--shape", "3"], "'3' is no shape"),
         (["--shape", "1x2x3", "--dtype", "int8"], "--dtype 'int8' is none of"),
         (["--shape", "1x2x3", "--layout", "m"], "--layout 'm' is neither k nor n"),
@@ -112,10 +113,14 @@ def test_the_command_tunes_exports_and_goes_on(
     arguments = ["tune", "--shape", "32,64x4096x4096", "--candidates", "5", "--database", str(path)]
     a_trial = played(lambda c: 40.0 + c.num_stages)
     cli_main([*arguments, "--export", str(table), "--json", str(found)])
-    assert f"2 problems tuned, in {path}" in " ".join(capsys.readouterr().out.split())
+    printed = " ".join(capsys.readouterr().out.split())
+    assert f"2 problems tuned, in {path}" in printed
+    for choice in ("the heuristic", "what is shipped"):
+        assert re.search(rf"{choice} takes [\d.]+ × the best in geometric mean of 2, ", printed)
     outcomes = json.loads(found.read_text())
     assert [outcome["measured"] for outcome in outcomes] == [5, 5]
     assert all(o["speedup over the heuristic"] >= 1 for o in outcomes)
+    assert all(o["speedup over what is shipped"] >= 1 for o in outcomes)
     assert len(shipped_tables.read_table(table)["entries"]["gemm"]) == 2
     ran = len(a_trial.ran)
     cli_main(arguments)

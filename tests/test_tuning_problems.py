@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
 from triton_only_backend import cli_tune
+from triton_only_backend.kernels import tuned
 from triton_only_backend.kernels.gemm_configs import GemmProblem
+from triton_only_backend.kernels.shipped_tables import shipped_tables
 from triton_only_backend.tuning import problems
 
 if TYPE_CHECKING:
@@ -49,6 +52,42 @@ def test_presets_begin_with_what_matters_most() -> None:
     assert everything[: len(llama)] == llama
     assert len(set(everything)) == len(everything)
     assert {p.K for _, p in everything} >= {495, 1024, 4096, 8192, 10240, 14336, 28672}
+
+
+def test_random_shapes_are_known_to_no_table_and_the_same_each_time() -> None:
+    found = problems.preset("random")
+    assert len(set(found)) == len(found) == problems.RANDOM_SHAPES == 200
+    assert found == problems.preset("random")
+    known = {text for table in shipped_tables() for text in table["entries"]["gemm"]}
+    assert not known & {tuned.encode(problem) for _, problem in found}
+    for low, high in ((1, 2), (3, 16), (17, 64), (65, 512), (513, 8192)):
+        assert sum(low <= p.M <= high for _, p in found) >= 10
+    assert 10 <= sum(not p.aligned for _, p in found) <= 100
+
+
+@pytest.mark.cpu
+def test_attention_is_tuned_as_models_call_it() -> None:
+    found = problems.preset("attention")
+    assert {kind for kind, _ in found} == {"flash_attention", "decode_attention"}
+    query = torch.randn(2, 32, 40, 64)
+
+    def run() -> None:
+        key = query[:, :8]
+        torch.ops.triton_only.attention(query, key, key, is_causal=True, enable_gqa=True)
+        step, mask = query[:, :, :1], torch.ones(2, 1, 1, 40, dtype=torch.bool)
+        torch.ops.triton_only.attention(step, key, key, mask, enable_gqa=True)
+
+    recorded = [
+        (kind, dataclasses.replace(p, element_size=2)) for kind, p in problems.recorded(run)
+    ]
+    like: dict[str, Any] = {"kv_heads": 8, "head_dim": 64}
+    assert recorded == [
+        problems.attention(2, 40, 40, is_causal=True, **like),
+        problems.attention(2, 1, 40, has_mask=True, **like),
+    ]
+    lengths = [(p.len_q, p.len_kv) for _, p in found]
+    assert {n for _, n in lengths} == {512 << i for i in range(9) if 512 << i != 65536}
+    assert max(p.batch * p.len_kv for _, p in found if p.len_q == 1) <= problems.MAX_CACHED
 
 
 class Two(torch.nn.Module):

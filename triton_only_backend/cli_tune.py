@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -35,7 +36,11 @@ def tune(
         typer.Option(metavar="[BATCHx]MxNxK", help="A product; M may be several: 1,2,4x6144x4096."),
     ] = None,
     preset: Annotated[
-        str | None, typer.Option(help="llama (the layers of Llama-3-8B) or all (and many others).")
+        str | None,
+        typer.Option(
+            help="Products: llama (Llama-3-8B's layers), all (and many others), random (200 of any "
+            "shape). attention: prefill and decoding of 32 heads."
+        ),
     ] = None,
     dtype: Annotated[str, typer.Option(help="Of the shapes: bf16, fp16, fp32 or tf32.")] = "bf16",
     layout: Annotated[
@@ -92,6 +97,8 @@ def tune(
         left = len(problems) - len(outcomes)
         more = f"; {left} are left: the same command goes on" if left or stopped else ""
         terminal.print(f"{len(outcomes)} problems tuned, in {path}{more}", highlight=False)
+    for line in summary(outcomes):
+        terminal.print(line, highlight=False)
     if stopped:
         raise typer.Exit(130)
 
@@ -283,9 +290,27 @@ def describe_config(config: Any) -> str:
     return ", ".join(parts)
 
 
+def slower(outcome: Outcome, us: float | None) -> float | None:
+    """How many times as long as the best a choice takes; None where either was not measured."""
+    return us / outcome.us if us and outcome.us else None
+
+
+def summary(outcomes: list[Outcome]) -> list[str]:
+    """How far from the best the heuristic's choices are, and those that are shipped."""
+    lines = []
+    for name, key in (("the heuristic", "heuristic_us"), ("what is shipped", "shipped_us")):
+        found = [slower(outcome, getattr(outcome, key)) for outcome in outcomes]
+        times = [ratio for ratio in found if ratio is not None]
+        if times:
+            lines.append(
+                f"{name} takes {statistics.geometric_mean(times):.3f} × the best in geometric "
+                f"mean of {len(times)}, {max(times):.2f} × at most"
+            )
+    return lines
+
+
 def _as_dict(outcome: Outcome) -> dict[str, Any]:
     found = dataclasses.asdict(outcome)
-    found["speedup over the heuristic"] = (
-        outcome.heuristic_us / outcome.us if outcome.us and outcome.heuristic_us else None
-    )
+    found["speedup over the heuristic"] = slower(outcome, outcome.heuristic_us)
+    found["speedup over what is shipped"] = slower(outcome, outcome.shipped_us)
     return found

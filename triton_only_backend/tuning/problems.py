@@ -6,11 +6,15 @@ weight of nn.Linear(4096, 6144). M may be several, separated by commas: 1,2,4x61
 
 from __future__ import annotations
 
+import itertools
+import math
+import random
 import re
 from typing import TYPE_CHECKING, Any
 
 from triton_only_backend.errors import TritonOnlyError
 from triton_only_backend.kernels import tuned
+from triton_only_backend.kernels.attention_configs import AttentionProblem
 from triton_only_backend.kernels.gemm_configs import GemmProblem, bucket
 
 if TYPE_CHECKING:
@@ -32,6 +36,12 @@ HEADS = ((128256, 4096), (49152, 4096))
 ODD = ((1024, 4096), (1000, 1024), (2560, 10240), (5333, 495))
 MAIN_ROWS = (32, 64, 128, 256, 512, 1024, 4096)
 OTHER_ROWS = (1, 2, 4, 8, 16, 2048, 8192)
+RANDOM_SHAPES, RANDOM_SEED = 200, 0
+# Attention: lengths of prompts and caches, sequences, and the most tokens in all caches.
+PROMPTS = (2048, 512, 1024, 4096, 8192, 16384)
+CACHES = (1024, 4096, 512, 2048, 8192, 32768, 131072)
+SEQUENCES = (2, 1, 16, 64, 4, 32)
+MAX_CACHED = 1 << 18
 
 
 def product(
@@ -73,8 +83,63 @@ def _all() -> Iterable[Problem]:
     yield from _layers(everything, (*MAIN_ROWS, *OTHER_ROWS), k_contiguous=False)
 
 
+def attention(
+    batch: int,
+    len_q: int,
+    len_kv: int,
+    *,
+    kv_heads: int = 8,
+    head_dim: int = 128,
+    is_causal: bool = False,
+    has_mask: bool = False,
+) -> Problem:
+    """The problem of 32 query heads, 16-bit: of decoding for one query, else of a prefill."""
+    problem = AttentionProblem(
+        batch=batch, num_heads=32, num_kv_heads=kv_heads, len_q=len_q, len_kv=len_kv,
+        head_dim=head_dim, head_dim_v=head_dim, element_size=2, is_causal=is_causal,
+        has_mask=has_mask,
+    )  # fmt: skip
+    return "decode_attention" if len_q == 1 else "flash_attention", problem.bucketed()
+
+
+def _attention() -> Iterable[Problem]:
+    shapes = ((8, 128), (32, 128), (8, 64), (32, 64))
+    for kv_heads, head_dim in shapes:
+        like: dict[str, Any] = {"kv_heads": kv_heads, "head_dim": head_dim}
+        yield from (attention(2, n, n, is_causal=True, **like) for n in PROMPTS)
+        # A mask, as static caches have one, and none.
+        yield from (
+            attention(batch, 1, n, has_mask=has_mask, **like)
+            for has_mask in (True, False)
+            for batch, n in itertools.product(SEQUENCES, CACHES)
+            if batch * n <= MAX_CACHED
+        )
+        yield from (attention(2, n, n, **like) for n in PROMPTS)
+
+
+def _random() -> Iterable[Problem]:
+    """Shapes that no table knows, to judge the heuristic by: every size by its logarithm."""
+    draw = random.Random(RANDOM_SEED)
+
+    def size(least: int, most: int, multiple: int = 1) -> int:
+        drawn = math.exp(draw.uniform(math.log(least), math.log(most)))
+        return max(multiple, round(drawn / multiple) * multiple)
+
+    found: dict[Problem, None] = {}
+    while len(found) < RANDOM_SHAPES:
+        multiple = draw.choice((1, 8, 64, 64))  # most models' sizes are multiples of 64
+        M, N, K = size(1, 8192), size(256, 32768, multiple), size(256, 16384, multiple)
+        found[product(1, M, N, K)] = None
+    return found
+
+
 # The Llama-3-8B layers first, at the numbers of rows where choices matter most.
-PRESETS: dict[str, Callable[[], Iterable[Problem]]] = {"llama": _llama, "all": _all}
+PRESETS: dict[str, Callable[[], Iterable[Problem]]] = {
+    "llama": _llama,
+    "all": _all,
+    "attention": _attention,
+    "random": _random,
+}
 
 
 def preset(name: str) -> list[Problem]:

@@ -66,6 +66,7 @@ class Outcome:
         config: the best configuration, or None where none was measured.
         us: its microseconds a call.
         heuristic_us: the heuristic's, if measured.
+        shipped_us: those of what runs without a database, if measured.
         measured: candidates measured, now or before.
         rejected: of each candidate that cannot win, why.
     """
@@ -75,6 +76,7 @@ class Outcome:
     config: Any = None
     us: float | None = None
     heuristic_us: float | None = None
+    shipped_us: float | None = None
     measured: int = 0
     rejected: dict[str, str] = field(default_factory=dict)
 
@@ -187,13 +189,17 @@ class Search:
         """What the database now holds of a problem."""
         known = self._known(kind, problem)
         rows = sorted((t.us, t.config) for t in known.values() if t.us)
-        first = known.get(tuned.encode(spaces.heuristic(kind, problem, self.hardware)))
+        heuristic, shipped = (
+            known.get(tuned.encode(choose(kind, problem, self.hardware)))
+            for choose in (spaces.heuristic, spaces.shipped)
+        )
         return Outcome(
             kind,
             problem,
             spaces.decode_config(kind, rows[0][1]) if rows else None,
             rows[0][0] if rows else None,
-            first.us if first is not None else None,
+            heuristic.us if heuristic is not None else None,
+            shipped.us if shipped is not None else None,
             len(rows),
             {t.config: t.outcome for t in known.values() if t.outcome != MEASURED},
         )
