@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 
+from triton_only_backend import cli
 from triton_only_backend.bench import attention, attention_cases, attention_errors, plots
 from triton_only_backend.timing import Ceilings
 
@@ -46,6 +47,37 @@ def test_a_row_of_each_kind(kind, without_gpu):
     assert row["math_tflop_per_second"] == pytest.approx(case.flops / 2e6)
     assert ("ours_gradient_error" in row) == (kind == "training")
     assert row.get("ours_gradient_error", 0.0) < 1e-5
+
+
+def test_the_articles_cases():
+    """Prefill and decoding of one sequence over the same lengths."""
+    plan = attention_cases.Plan(attention_cases.ARTICLE, "bf16", 32, 4096, batch=1)
+    found = [(case.kind, case.batch, case.len_q, case.len_kv) for case in plan.cases()]
+    lengths = (512, 1024, 2048, 4096)
+    assert found == [
+        *(("causal", 1, length, length) for length in lengths),
+        *(("decode", 1, 1, length) for length in lengths),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kv_heads", "batch"),
+    [
+        (["--cases", "article"], 32, 1),
+        (["--cases", "article", "--kv-heads", "8"], 8, 1),
+        ([], 8, 2),
+        (["--kv-heads", "32", "--batch", "4"], 32, 4),
+    ],
+)
+def test_what_is_asked_for_is_measured(arguments, kv_heads, batch, monkeypatch):
+    plans = []
+    monkeypatch.setattr(attention, "run", lambda plan, *_: plans.append(plan) or 0)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["bench", "attention", *arguments])
+    assert not stopped.value.code
+    assert [(plan.kv_heads, plan.batch, plan.head_dim) for plan in plans] == [
+        (kv_heads, batch, 128)
+    ]
 
 
 def test_gradients_that_are_wrong_are_found(device):

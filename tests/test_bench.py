@@ -13,9 +13,10 @@ import pytest
 import torch
 from rich.console import Console
 
-from triton_only_backend import cli, cli_bench, environment, inductor, timing
+from triton_only_backend import cli, cli_bench, environment, inductor, settings, timing
 from triton_only_backend.audit.kernel_report import KernelEvent, KernelReport, KernelRow
 from triton_only_backend.audit.policy import Provider
+from triton_only_backend.backend import triton_only
 from triton_only_backend.bench import (
     ablation,
     attention,
@@ -29,6 +30,7 @@ from triton_only_backend.bench import (
     providers,
     record,
 )
+from triton_only_backend.kernels import tuned
 from triton_only_backend.passes import pipeline
 
 if TYPE_CHECKING:
@@ -250,8 +252,37 @@ def test_providers_that_take_minutes_to_compile_are_left_to_be_asked_for() -> No
     default = options.default.split(",")
     assert set(default) <= set(providers.PROVIDERS)
     left_out = {"triton-eager", "max-autotune", "inductor-triton"}
+    left_out |= {"triton_only-shipped", "triton_only-heuristic"}
     assert set(providers.PROVIDERS) - set(default) == left_out
     assert all(re.search(rf"\b{name}\b", str(options.annotation)) for name in providers.PROVIDERS)
+
+
+def test_how_near_a_provider_comes_to_the_floors() -> None:
+    row = {"prefill_ms": 25.0, "ms_per_token": 5.0}
+    limits = {"floor_ms_per_token": 4.0, "floor_prefill_ms": 20.0}
+    assert generation.shares(row, limits) == {"floor_share": 0.8, "prefill_floor_share": 0.8}
+    assert generation.shares(row, {}) == {}
+    assert {"floor_share", "peak_memory_gib", "compile_seconds"} <= set(generation.COLUMNS)
+
+
+@pytest.mark.parametrize(
+    ("name", "sources"),
+    [
+        ("triton_only", tuned.Sources(database="user.db")),
+        ("triton_only-shipped", tuned.Sources()),
+        ("triton_only-heuristic", tuned.Sources(measured=False)),
+    ],
+)
+def test_where_a_provider_has_its_configurations_from(
+    name: str, sources: tuned.Sources, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr(torch, "compile", lambda fn, **options: seen.update(options) or fn)
+    monkeypatch.setenv("TRITON_ONLY_DATABASE", "user.db")
+    providers.PROVIDERS[name].prepare(len, on_gpu=True)
+    assert seen["backend"] is triton_only
+    assert seen["options"]["triton.cudagraphs"]
+    assert tuned.Sources.of(settings.parse(None, seen["options"])) == sources
 
 
 def test_max_autotune_is_what_it_says() -> None:

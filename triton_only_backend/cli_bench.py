@@ -54,13 +54,24 @@ def bench_gemm(
 
 @app.command("attention")
 def bench_attention(
-    cases: Annotated[str, typer.Option(help="causal, full, decode, training or all.")] = "all",
+    cases: Annotated[
+        str,
+        typer.Option(
+            help="causal, full, decode, training, all, or article (causal and decode, batch 1, as "
+            'many KV heads as heads, as in "CUDA-Free Inference for LLMs").'
+        ),
+    ] = "all",
     dtype: Annotated[str, typer.Option(help="bf16 or fp16.")] = "bf16",
     kv_heads: Annotated[
-        int, typer.Option(min=1, max=32, help="KV heads for 32 query heads; a divisor of 32.")
-    ] = 8,
+        int | None,
+        typer.Option(
+            min=1, max=32, help="KV heads for 32 query heads; a divisor of 32; 8 if not given."
+        ),
+    ] = None,
     head_dim: Annotated[int, typer.Option(min=16, max=256, help="Of each head.")] = 128,
-    batch: Annotated[int, typer.Option(min=1, help="Of the prefill and training cases.")] = 2,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Of the prefill and training cases; 2 if not given.")
+    ] = None,
     max_length: Annotated[int, typer.Option(min=512, help="Leave longer cases out.")] = 32768,
     plot: Plot = None,
     json_path: Json = None,
@@ -68,15 +79,17 @@ def bench_attention(
     """Our attention against PyTorch's cuDNN, Flash, efficient, flex and math kernels."""
     from triton_only_backend.bench import attention, attention_cases
 
-    if 32 % kv_heads:
+    if kv_heads is not None and attention_cases.HEADS % kv_heads:
         raise UsageError(f"--kv-heads {kv_heads} does not divide the 32 query heads")
+    is_article = cases == attention_cases.ARTICLE
+    kinds = [*attention_cases.KINDS, "all", attention_cases.ARTICLE]
     plan = attention_cases.Plan(
-        kinds=_choice("--cases", cases, [*attention_cases.KINDS, "all"]),
+        kinds=_choice("--cases", cases, kinds),
         dtype=_choice("--dtype", dtype, ["bf16", "fp16"]),
-        kv_heads=kv_heads,
+        kv_heads=kv_heads or (attention_cases.HEADS if is_article else 8),
         max_length=max_length,
         head_dim=head_dim,
-        batch=batch,
+        batch=batch or (1 if is_article else attention_cases.PREFILL_BATCH),
     )
     raise typer.Exit(attention.run(plan, console(), json_path, _command_line(), plot))
 
@@ -95,7 +108,8 @@ def bench_model(
         str,
         typer.Option(
             help="Any of eager, triton-eager (our kernels, not compiled), compile, "
-            "reduce-overhead, triton_only and, minutes to compile, max-autotune, inductor-triton."
+            "reduce-overhead, triton_only, triton_only-shipped and triton_only-heuristic (less "
+            "the database, and the tables) and, minutes to compile, max-autotune, inductor-triton."
         ),
     ] = "eager,compile,reduce-overhead,triton_only",
     logits_error: Annotated[

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 HEADS, HEAD_DIM = 32, 128
 KINDS = ("causal", "full", "decode", "training")
+# The comparison of "CUDA-Free Inference for LLMs": prefill and decoding over one list of lengths.
+ARTICLE = "article"
 PREFILL_BATCH = 2
 PREFILL_LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 DECODE = ((1, 512), (2, 768), (1, 2048), (1, 4096), (1, 8192), (1, 32768), (1, 131072), (4, 4096),
@@ -71,7 +73,7 @@ class Plan:
     """What to run.
 
     Attributes:
-        kinds: one of `KINDS`, or "all".
+        kinds: one of `KINDS`, "all", or `ARTICLE`.
         dtype: a key of `models.DTYPES`.
         kv_heads: a divisor of 32.
         max_length: cases with more keys are left out.
@@ -88,8 +90,11 @@ class Plan:
 
     def cases(self) -> Iterator[Case]:
         """The cases, in order."""
-        for kind in KINDS if self.kinds == "all" else (self.kinds,):
-            if kind == "decode":
+        groups = {"all": KINDS, ARTICLE: ("causal", "decode")}
+        for kind in groups.get(self.kinds, (self.kinds,)):
+            if kind == "decode" and self.kinds == ARTICLE:
+                sizes = [(self.batch, 1, length) for length in PREFILL_LENGTHS]
+            elif kind == "decode":
                 sizes = [(batch, 1, length) for batch, length in DECODE]
             else:
                 sizes = [(self.batch, length, length) for length in PREFILL_LENGTHS]

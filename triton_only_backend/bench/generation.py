@@ -44,6 +44,7 @@ COLUMNS = {
     "provider": "provider",
     "prefill_ms": "prefill ms",
     "ms_per_token": "ms a token",
+    "floor_share": "of the floor",
     "tokens_per_second": "tokens/s",
     "kernels_per_step": "kernels a step",
     "triton_share_decode": "Triton share, decode",
@@ -193,6 +194,17 @@ def floors(model: torch.nn.Module, plan: Plan, limits: Ceilings) -> dict[str, An
     }
 
 
+def shares(row: dict[str, Any], limits: dict[str, Any]) -> dict[str, float]:
+    """How near a provider comes to the `floors`; nothing where there are none."""
+    pairs = {
+        "floor_share": ("floor_ms_per_token", "ms_per_token"),
+        "prefill_floor_share": ("floor_prefill_ms", "prefill_ms"),
+    }
+    return {
+        name: limits[floor] / row[time] for name, (floor, time) in pairs.items() if floor in limits
+    }
+
+
 def compare(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """How our provider stands to each other: times its speed, and the ratio of logits errors."""
     ours = next((row for row in rows if row["provider"] == "triton_only"), None)
@@ -214,7 +226,7 @@ def run(plan: Plan, console: Console, json_path: Path | None, command: str) -> i
     """Measures each provider, prints a table, and writes the record after every provider.
 
     Returns:
-        The exit status: 1 if our provider ran a kernel outside Triton, else 0.
+        The exit status: 1 if our backend ran a kernel outside Triton, else 0.
 
     Raises:
         BenchmarkError: the plan cannot be carried out here.
@@ -253,6 +265,7 @@ def run(plan: Plan, console: Console, json_path: Path | None, command: str) -> i
         log("fp32 reference done")
     for name in plan.providers:
         row = measure_provider(providers.PROVIDERS[name], model, plan, reference)
+        row.update(shares(row, record.summary))
         record.rows.append(row)
         record.summary.update(compare(record.rows))
         record.write(json_path)
@@ -261,8 +274,15 @@ def run(plan: Plan, console: Console, json_path: Path | None, command: str) -> i
             f"compiled in {format_value(row['compile_seconds'])} s"
         )
     _print(console, record)
-    ours = [row for row in record.rows if row["provider"] == "triton_only"]
-    return int(any(row["violations_decode"] or row["violations_prefill"] for row in ours))
+    return int(any(outside_triton(row) for row in record.rows))
+
+
+def outside_triton(row: dict[str, Any]) -> list[str]:
+    """The kernels that this backend, compiled, ran outside Triton."""
+    provider = providers.PROVIDERS[row["provider"]]
+    if not (provider.is_ours and provider.is_compiled):
+        return []
+    return sorted({*row["violations_decode"], *row["violations_prefill"]})
 
 
 def is_interpreted() -> bool:
@@ -299,7 +319,5 @@ def _print(console: Console, record: Record) -> None:
         if key not in ("plan", "step_bytes", "prefill_flops"):
             console.print(f"{key}: {format_value(value)}", markup=False, highlight=False)
     for row in record.rows:
-        if row["provider"] == "triton_only":
-            outside = sorted({*row["violations_decode"], *row["violations_prefill"]})
-            for name in outside:
-                console.print(f"outside Triton: {name}", markup=False, highlight=False)
+        for name in outside_triton(row):
+            console.print(f"outside Triton: {name}", markup=False, highlight=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,6 +39,7 @@ class Provider:
         is_ours: whether it is this backend.
         mode: Inductor's mode, or None for an uncompiled function.
         options: Inductor's options in place of a mode.
+        own: options of this backend, beside the mode's.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Provider:
     is_ours: bool = False
     mode: str | None = None
     options: Callable[[], Mapping[str, Any]] | None = None
+    own: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def is_compiled(self) -> bool:
@@ -63,7 +65,7 @@ class Provider:
 
             # The function, not its name, so that an installation is not needed.
             backend = triton_only
-            options = options or own_options(self.mode if on_gpu else None)
+            options = options or {**own_options(self.mode if on_gpu else None), **self.own}
         compiled: Callable[..., Any] = torch.compile(
             fn,
             backend=backend,
@@ -101,6 +103,20 @@ PROVIDERS = {
             "this backend, CUDA graphs",
             is_ours=True,
             mode="reduce-overhead",
+        ),
+        Provider(
+            "triton_only-shipped",
+            "this backend, CUDA graphs, configurations by its tables alone",
+            is_ours=True,
+            mode="reduce-overhead",
+            own={"database": "none"},
+        ),
+        Provider(
+            "triton_only-heuristic",
+            "this backend, CUDA graphs, configurations by its heuristics alone",
+            is_ours=True,
+            mode="reduce-overhead",
+            own={"tuning": "heuristic"},
         ),
     )
 }
