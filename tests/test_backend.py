@@ -10,9 +10,10 @@ import sys
 import pytest
 import torch
 from compiling import compiled, float64_product
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from triton_only_backend import interpreter
-from triton_only_backend.backend import compiled_reports
+from triton_only_backend.backend import check_devices, compiled_reports
 from triton_only_backend.errors import AuditError, DeviceError, SettingsError
 
 
@@ -87,6 +88,15 @@ def test_a_cpu_without_the_interpreter_is_refused(suppress, net, monkeypatch):
         pytest.raises(DeviceError, match=r"device 'cpu'; move the model .*TRITON_INTERPRET=1"),
     ):
         compiled(net.cpu())(torch.ones(3, 8))
+
+
+def test_a_device_that_triton_cannot_drive_is_named():
+    gm = torch.fx.symbolic_trace(lambda x: x + 1)
+    (x,) = gm.graph.find_nodes(op="placeholder")
+    with FakeTensorMode() as mode:
+        x.meta["example_value"] = FakeTensor(mode, torch.empty(2, device="meta"), "mps")
+    with pytest.raises(DeviceError, match=r"device 'mps.*'; move .* to a CUDA, ROCm or XPU"):
+        check_devices(gm)
 
 
 @pytest.mark.parametrize("suppress", [False, True], ids=["plain", "suppress_errors"])

@@ -11,10 +11,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from expecttest import assert_expected_inline
-from pass_graphs import heads, refusals, show
+from pass_graphs import heads, refusals
 
 import triton_only_backend  # noqa: F401
 from triton_only_backend.passes.capture_attention import MATH, SDPA, capture_attention
+from triton_only_backend.testing import render
 
 
 def dynamo_graph(function, *args) -> torch.fx.GraphModule:
@@ -33,14 +34,18 @@ def test_attention_is_captured_with_all_its_arguments():
     assert capture_attention(gm.graph) == 3
     gm.graph.lint()
     assert_expected_inline(
-        show(gm.graph),
+        render(gm.graph),
         """\
-y: f32[1, 4, 3, 8] = triton_only.attention.default(%l_q_, %l_k_, %l_v_, %l_mask_, scale: 0.5)
-y_1: f32[1, 4, 3, 8] = triton_only.attention.default(%y, %l_k_, %l_v_, None, is_causal: True)
-getitem: f32[1, 2, 3, 8] = operator.getitem(%l_k_, (slice(None, None, None), slice(None, 2, None)))
-getitem_1: f32[1, 2, 3, 8] = operator.getitem(%l_v_, (slice(None, None, None), slice(None, 2, None)))
-scaled_dot_product_attention_2: f32[1, 4, 3, 8] = triton_only.attention.default(%y_1, %getitem, %getitem_1, None, enable_gqa: True)
-return (scaled_dot_product_attention_2,)""",
+L_q_: f32[1, 4, 3, 8][96, 8, 32, 1]
+L_k_: f32[1, 4, 3, 8][96, 8, 32, 1]
+L_v_: f32[1, 4, 3, 8][96, 8, 32, 1]
+L_mask_: f32[3, 3]
+attention: f32[1, 4, 3, 8][96, 8, 32, 1] = triton_only.attention(L_q_, L_k_, L_v_, L_mask_, scale=0.5)
+attention_1: f32[1, 4, 3, 8][96, 8, 32, 1] = triton_only.attention(attention, L_k_, L_v_, None, is_causal=True)
+getitem: f32[1, 2, 3, 8][96, 8, 32, 1] = operator.getitem(L_k_, (slice(None, None, None), slice(None, 2, None)))
+getitem_1: f32[1, 2, 3, 8][96, 8, 32, 1] = operator.getitem(L_v_, (slice(None, None, None), slice(None, 2, None)))
+attention_2: f32[1, 4, 3, 8][96, 8, 32, 1] = triton_only.attention(attention_1, getitem, getitem_1, None, enable_gqa=True)
+return (attention_2,)""",
     )
     assert capture_attention(gm.graph) == 0
 
@@ -60,7 +65,7 @@ def test_a_contiguous_output_stays_contiguous_where_that_shows(reader):
     gm.recompile()
     (actual,) = gm(query)
     assert actual.shape == attention(query).shape
-    assert ("contiguous" in show(gm.graph)) == (reader != "transpose")
+    assert ("contiguous" in render(gm.graph)) == (reader != "transpose")
     if reader != "transpose":
         assert actual.stride() == attention(query).stride()
 
@@ -72,11 +77,12 @@ def test_dropout_is_captured_with_a_seed():
     assert capture_attention(gm.graph) == 1
     gm.graph.lint()
     assert_expected_inline(
-        show(gm.graph),
+        render(gm.graph),
         """\
-random_seeds_default: i64[1] = triton_only.random_seeds.default(1, device: cpu)
-scaled_dot_product_attention: f32[1, 2, 3, 8] = triton_only.attention.default(%l_q_, %l_q_, %l_q_, None, %random_seeds_default, dropout_p: 0.5, contiguous: True)
-return (scaled_dot_product_attention,)""",
+L_q_: f32[1, 2, 3, 8][48, 8, 16, 1]
+random_seeds: i64[1] = triton_only.random_seeds(1, device=cpu)
+attention: f32[1, 2, 3, 8] = triton_only.attention(L_q_, L_q_, L_q_, None, random_seeds, dropout_p=0.5, contiguous=True)
+return (attention,)""",
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 
 import torch
-from pass_graphs import aten, show, targets, trace
+from pass_graphs import aten, targets, trace
 from torch._dynamo.source import ConstantSource
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -14,6 +14,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 import triton_only_backend  # noqa: F401
 from triton_only_backend.passes import pipeline
 from triton_only_backend.passes.decompositions import DECOMPOSITIONS
+from triton_only_backend.testing import render
 
 
 def test_subgraphs_are_rewritten_too():
@@ -44,12 +45,12 @@ def test_every_pass_is_idempotent_and_leaves_a_valid_graph():
     gm = trace(model, torch.randn(3, 3), torch.randn(1, 2, 3, 8))
     for stage in ("joint", "aten", "sweep"):
         pipeline.run_stage(stage, gm)
-    once = show(gm.graph)
+    once = render(gm.graph)
     for stage in ("joint", "aten", "sweep"):
         assert [result.fired for result in pipeline.run_stage(stage, gm)] == [0] * sum(
             p.stage == stage for p in pipeline.PIPELINE
         )
-    assert show(gm.graph) == once
+    assert render(gm.graph) == once
     gm.graph.lint()
 
 

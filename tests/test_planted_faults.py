@@ -282,3 +282,74 @@ def test_a_fault_of_attention_is_found(fault, plant, device, monkeypatch, small_
     monkeypatch.setattr(module, called, getattr(plant(name, old, new), called))
     with pytest.raises(AssertionError, match=r"not accurate|NaN too many"):
         attend(device, **options)
+
+
+# decoding: the keys are split, and the last split to arrive combines
+
+DECODE_FAULTS = {
+    "a race: combined before the last part is there": (
+        "if arrived == num_splits - 1:",
+        "if arrived == num_splits - 2:",
+    ),
+    "one place for all parts": ("* num_splits + split\n", "* num_splits + split * 0\n"),
+    "a split is dropped": ("(offs_c < num_splits)", "(offs_c < num_splits - 1)"),
+    "parts are not weighted": ("tl.exp2(lse2 - shift[:, None])", "tl.exp2(lse2 * 0)"),
+    "a split reads its neighbour's keys": (
+        "step = BLOCK_N * num_splits",
+        "step = BLOCK_N * (num_splits - 1)",
+    ),
+    "the tail of the keys is missing": (
+        "stop = tl.minimum((split + end * num_splits) * BLOCK_N, len_kv)",
+        "stop = len_kv // BLOCK_N * BLOCK_N",
+    ),
+}
+
+
+def decode(device: str) -> None:
+    """One query of two heads a KV head over 103 keys in three splits, by one launch."""
+    from triton_only_backend.kernels import tuned
+    from triton_only_backend.kernels.attention_configs import DecodeConfig
+
+    query, key, value = heads(1, device, count=4), heads(103, device), heads(103, device)
+    with tuned.forcing("decode_attention", DecodeConfig(16, 3, 4, 1, 16, 4)):
+        out = ours.attention(query, key, value, enable_gqa=True)
+
+    def reference(q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+    assert_accurate(out, reference, (query, key, value))
+
+
+@pytest.fixture
+def faulty_decode(plant, monkeypatch):
+    """Puts a fault into what the decoding kernel calls; its counters are its own."""
+    from triton_only_backend.kernels import decode_attention
+
+    launched = []
+
+    def counters(count, device):
+        launched.append(count)
+        return torch.zeros(count, dtype=torch.int32, device=device)
+
+    def put(old: str = "", new: str = "") -> None:
+        monkeypatch.setattr(decode_attention, "arrival_counters", counters)
+        faulty = plant("split_kv", old, new)
+        for name in ("attend_split", "finish_split"):
+            monkeypatch.setattr(decode_attention, name, getattr(faulty, name))
+
+    yield put
+    assert len(launched) == 1, "the decoding kernel did not run, or not by one launch"
+
+
+@pytest.mark.cpu
+def test_decoding_is_accurate(faulty_decode, device):
+    faulty_decode()
+    decode(device)
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("fault", DECODE_FAULTS)
+def test_a_fault_of_decoding_is_found(fault, faulty_decode, device):
+    faulty_decode(*DECODE_FAULTS[fault])
+    with pytest.raises(AssertionError, match=r"not accurate|NaN|inf"):
+        decode(device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cross_compile import TARGETS, rows_of
 
 import triton_only_backend  # noqa: F401
 from triton_only_backend.kernels.loading import load
@@ -93,3 +94,21 @@ def test_the_first_draw_inside_a_capture_is_refused(monkeypatch):
     with pytest.raises(RuntimeError, match="run the function once"):  # noqa: SIM117
         with torch.cuda.graph(torch.cuda.CUDAGraph()):
             draw(1, "cuda")
+
+
+COMPILES = """
+import json, sys
+import cross_compile
+compiled = cross_compile.compile_for(sys.argv[1])
+import torch
+from cross_compile import TARGETS, rows_of
+from triton_only_backend.kernels import random_seeds
+random_seeds.draw(3, torch.device("cpu"))
+print(json.dumps([[c.name, c.spilled] for c in compiled]))
+"""
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_kernels_compile(target):
+    (found,) = rows_of(COMPILES, target)
+    assert found == [["set_seed_state_kernel", 0], ["draw_seeds_kernel", 0]]

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from expecttest import assert_expected_inline
-from pass_graphs import aten, ours, refusals, show, targets
+from pass_graphs import aten, ours, refusals, targets
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import triton_only_backend  # noqa: F401
 from triton_only_backend.passes import pipeline
 from triton_only_backend.passes.rewrite_attention import BACKWARD_OF, rewrite_attention
+from triton_only_backend.testing import render
 
 
 def flash(q, k, v, bias, grad, *, dropout_p, is_causal):
@@ -106,17 +107,21 @@ def test_flash_attention_of_a_joint_graph_becomes_ours():
     graph.eliminate_dead_code()
     graph.lint()
     assert_expected_inline(
-        show(graph),
+        render(graph),
         """\
-attention_forward_default = triton_only.attention_forward.default(%arg0_1, %arg1_1, %arg2_1, None, is_causal: True, scale: 0.3)
-getitem_15: f32[2, 3, 5, 8] = operator.getitem(%attention_forward_default, 0)
-clone_default: f32[2, 3, 5, 8] = aten.clone.default(%getitem_15, memory_format: torch.contiguous_format)
-getitem_16: f32[2, 3, 5] = operator.getitem(%attention_forward_default, 1)
-attention_backward_default = triton_only.attention_backward.default(%arg3_1, %arg0_1, %arg1_1, %arg2_1, None, %getitem_15, %getitem_16, is_causal: True, scale: 0.3)
-getitem_12: f32[2, 3, 5, 8] = operator.getitem(%attention_backward_default, 0)
-getitem_13: f32[2, 3, 5, 8] = operator.getitem(%attention_backward_default, 1)
-getitem_14: f32[2, 3, 5, 8] = operator.getitem(%attention_backward_default, 2)
-return (clone_default, getitem_12, getitem_13, getitem_14)""",
+arg0_1: f32[2, 3, 5, 8]
+arg1_1: f32[2, 3, 5, 8]
+arg2_1: f32[2, 3, 5, 8]
+arg3_1: f32[2, 3, 5, 8]
+attention_forward: (f32[2, 3, 5, 8][120, 8, 24, 1], f32[2, 3, 5]) = triton_only.attention_forward(arg0_1, arg1_1, arg2_1, None, is_causal=True, scale=0.3)
+getitem: f32[2, 3, 5, 8][120, 8, 24, 1] = operator.getitem(attention_forward, 0)
+clone: f32[2, 3, 5, 8] = aten.clone(getitem, memory_format=torch.contiguous_format)
+getitem_1: f32[2, 3, 5] = operator.getitem(attention_forward, 1)
+attention_backward: (f32[2, 3, 5, 8], f32[2, 3, 5, 8], f32[2, 3, 5, 8]) = triton_only.attention_backward(arg3_1, arg0_1, arg1_1, arg2_1, None, getitem, getitem_1, is_causal=True, scale=0.3)
+getitem_2: f32[2, 3, 5, 8] = operator.getitem(attention_backward, 0)
+getitem_3: f32[2, 3, 5, 8] = operator.getitem(attention_backward, 1)
+getitem_4: f32[2, 3, 5, 8] = operator.getitem(attention_backward, 2)
+return (clone, getitem_2, getitem_3, getitem_4)""",
     )
     assert rewrite_attention(graph) == 0
 
@@ -214,7 +219,7 @@ def test_flash_attention_is_causal_from_the_bottom_right(len_q, len_kv, device):
         op = aten._scaled_dot_product_flash_attention
         gm = make_fx(lambda q, k: op(q, k, k, 0.0, True, scale=0.3)[0])(q, k)
     pipeline.run_stage("joint", gm)
-    assert "window_right: 0" in show(gm.graph)
+    assert "window_right=0" in render(gm.graph)
     query, key = (torch.randn(1, 2, length, 8, device=device) for length in (len_q, len_kv))
     seen = torch.ones(len_q, len_kv, dtype=torch.bool, device=device).tril(len_kv - len_q)
     expected = F.scaled_dot_product_attention(query, key, key, seen, scale=0.3)

@@ -8,11 +8,12 @@ from __future__ import annotations
 import pytest
 import torch
 from expecttest import assert_expected_inline
-from pass_graphs import aten, ours, refusals, show, targets, trace
+from pass_graphs import aten, ours, refusals, targets, trace
 from torch._subclasses import FakeTensorMode
 
 import triton_only_backend  # noqa: F401
 from triton_only_backend.passes.rewrite_matmul import rewrite_matmul
+from triton_only_backend.testing import render
 
 
 def test_products_become_ours():
@@ -25,16 +26,19 @@ def test_products_become_ours():
     assert rewrite_matmul(graph) == 4
     graph.lint()
     assert_expected_inline(
-        show(graph),
+        render(graph),
         """\
-addmm_default: f32[4, 4] = triton_only.addmm.default(%bias_1, %a_1, %b_1, alpha: 2)
-unsqueeze: f32[1, 4, 4] = aten.unsqueeze.default(%addmm_default, 0)
-permute: f32[4, 4] = aten.permute.default(%addmm_default, [1, 0])
-unsqueeze_1: f32[1, 4, 4] = aten.unsqueeze.default(%permute, 0)
-baddbmm_default: f32[1, 4, 4] = triton_only.baddbmm.default(%bias_1, %unsqueeze, %unsqueeze_1, beta: 0.5)
-mm_default: f32[4, 4] = triton_only.mm.default(%a_1, %b_1)
-bmm_default: f32[1, 4, 4] = triton_only.bmm.default(%baddbmm_default, %baddbmm_default)
-return (mm_default, bmm_default)""",
+a_1: f32[4, 6]
+b_1: f32[6, 4]
+bias_1: f32[4]
+addmm: f32[4, 4] = triton_only.addmm(bias_1, a_1, b_1, alpha=2)
+unsqueeze: f32[1, 4, 4] = aten.unsqueeze(addmm, 0)
+permute: f32[4, 4][1, 4] = aten.permute(addmm, [1, 0])
+unsqueeze_1: f32[1, 4, 4][4, 1, 4] = aten.unsqueeze(permute, 0)
+baddbmm: f32[1, 4, 4] = triton_only.baddbmm(bias_1, unsqueeze, unsqueeze_1, beta=0.5)
+mm: f32[4, 4] = triton_only.mm(a_1, b_1)
+bmm: f32[1, 4, 4] = triton_only.bmm(baddbmm, baddbmm)
+return (mm, bmm)""",
     )
     assert rewrite_matmul(graph) == 0
 
@@ -50,10 +54,12 @@ def test_out_dtype_is_carried_over():
     graph.output(product)
     assert rewrite_matmul(graph) == 1
     assert_expected_inline(
-        show(graph),
+        render(graph),
         """\
-mm_default: f32[4, 4] = triton_only.mm.default(%a, %b, out_dtype: torch.float32)
-return mm_default""",
+a: bf16[4, 4]
+b: bf16[4, 4]
+mm: f32[4, 4] = triton_only.mm(a, b, out_dtype=torch.float32)
+return mm""",
     )
 
 

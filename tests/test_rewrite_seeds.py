@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import torch
 from expecttest import assert_expected_inline
-from pass_graphs import ours, show, trace
+from pass_graphs import ours, trace
 
 import triton_only_backend  # noqa: F401
 from triton_only_backend import inductor
 from triton_only_backend.passes.rewrite_seeds import rewrite_seeds
+from triton_only_backend.testing import render
 
 
 def test_the_seeds_of_a_graph_are_drawn_at_once():
@@ -30,13 +31,14 @@ def test_the_seeds_of_a_graph_are_drawn_at_once():
     graph.eliminate_dead_code()
     graph.lint()
     assert_expected_inline(
-        show(graph),
+        render(graph),
         """\
-random_seeds_default: i64[3] = triton_only.random_seeds.default(3, device: cpu)
-slice_tensor: i64[1] = aten.slice.Tensor(%random_seeds_default, 0, 2, 3)
-inductor_lookup_seed: i64[] = prims.inductor_lookup_seed.default(%random_seeds_default, 1)
-inductor_random: f32[3] = prims.inductor_random.default([3], %inductor_lookup_seed, rand)
-attention: f32[1, 2, 3, 8] = triton_only.attention.default(%q_1, %q_1, %q_1, None, %slice_tensor, dropout_p: 0.5)
+q_1: f32[1, 2, 3, 8]
+random_seeds: i64[3] = triton_only.random_seeds(3, device=cpu)
+slice: i64[1] = aten.slice.Tensor(random_seeds, 0, 2, 3)
+inductor_lookup_seed: i64[] = prims.inductor_lookup_seed(random_seeds, 1)
+inductor_random: f32[3] = prims.inductor_random([3], inductor_lookup_seed, 'rand')
+attention: f32[1, 2, 3, 8][48, 8, 16, 1] = triton_only.attention(q_1, q_1, q_1, None, slice, dropout_p=0.5)
 return (inductor_random, attention)""",
     )
     (merged,) = graph.find_nodes(op="call_function", target=ours.random_seeds.default)
