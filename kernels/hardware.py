@@ -43,9 +43,23 @@ class Hardware:
         return self.arch == "sm90"
 
     @property
+    def has_gluon(self) -> bool:
+        """Whether the kernels run that are written in Gluon, for Hopper."""
+        return self.has_wgmma and gluon_is_known()
+
+    @property
     def has_dependent_launch(self) -> bool:
         """Whether a kernel may start while its predecessor ends: see `dependent_launch`."""
         return self.backend == "cuda" and int(self.arch.removeprefix("sm")) >= 90
+
+
+@functools.cache
+def gluon_is_known() -> bool:
+    """Whether this Triton's Gluon, whose names are not settled, is one that was compiled with."""
+    import triton
+
+    major, minor = (int(part) for part in triton.__version__.split(".")[:2])
+    return (3, 6) <= (major, minor) <= (3, 9)
 
 
 INTERPRETER = Hardware("Triton interpreter", "interpreter", "interpreter", 1, 1 << 30)

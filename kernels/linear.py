@@ -4,7 +4,8 @@
     out_i = epilogue(x @ weight_iᵀ + bias_i)
     gated: out = epilogue(activation(x @ weight_0ᵀ + bias_0) · (x @ weight_1ᵀ + bias_1))
 
-One or two rows: everything in one launch, and so up to 64 on Hopper where that fills the GPU. Else
+One or two rows: everything in one launch, and so up to 64 on Hopper where that fills the GPU; up to
+16 there by a kernel of their own. Else
 the norm, then a product a weight, or one kernel for two that are alike or of which one gates the
 other, with the epilogue in the product's kernel.
 """
@@ -23,11 +24,14 @@ from triton_only_backend.kernels.gated_gemm import gated_gemm
 from triton_only_backend.kernels.gemm_configs import GEMV_MAX_ROWS, SKINNY_MAX_ROWS, bucket
 from triton_only_backend.kernels.gemm_tma import has_aligned_rows
 from triton_only_backend.kernels.layer_norm import layer_norm
+from triton_only_backend.kernels.limits import RING_MAX_ROWS
 from triton_only_backend.kernels.linear_configs import (
+    RingConfig,
     SkinnyConfig,
     select_gated,
     select_linear_gemv,
     select_pair,
+    select_ring,
     select_skinny,
 )
 from triton_only_backend.kernels.linear_gemv import linear_gemv
@@ -53,6 +57,7 @@ def linear(
     norm: Norm | None = None,
     gated: bool = False,
     epilogue: Epilogue = NO_EPILOGUE,
+    weights_ready: bool = False,
 ) -> None:
     """Writes epilogue(norm(a) @ weightᵀ (+ bias)) to each of `outs`.
 
@@ -65,8 +70,20 @@ def linear(
             the tensor cores take them.
         gated: of two weights, the activation of the first product times the second.
         epilogue: what follows; with operands only for one output.
+        weights_ready: weights and norm may be read before the kernel launched last has finished.
     """
     M = a.shape[0]
+    ring = _ring(a, weights, biases, norm, gated)
+    if ring is not None:
+        # Here, for a Triton whose Gluon has other names must not fail before it is asked for.
+        from triton_only_backend.kernels.ring_linear import ring_linear
+
+        with hardware.guard(a):
+            ring_linear(
+                a, weights, biases, outs,
+                config=ring, norm=norm, gated=gated, epilogue=epilogue, early=weights_ready,
+            )  # fmt: skip
+        return
     if _streams(M, weights, biases, norm):
         _stream(a, weights, biases, outs, norm, gated, epilogue)
         return
@@ -140,6 +157,31 @@ def _skinny(
         device = hardware.of(a.device)
         return select_skinny(
             next_power_of_2(M), columns, len(weights), gated, norm is not None, device
+        )
+    return None
+
+
+def _ring(
+    a: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor] | None,
+    norm: Norm | None,
+    gated: bool,
+) -> RingConfig | None:
+    """The configuration with which `ring_linear` takes the problem, or None."""
+    if (
+        0 < a.shape[0] <= RING_MAX_ROWS
+        and a.element_size() == 2
+        and len(weights) <= MAX_OUTPUTS
+        and not (norm is not None and norm.centered)
+        and all(w.numel() > 0 for w in weights)
+        and _is_k_major(a, *weights)
+        and _are_plain(biases, norm)
+    ):
+        columns = tuple(w.shape[0] for w in (weights[:1] if gated else weights))
+        device = hardware.of(a.device)
+        return select_ring(
+            next_power_of_2(a.shape[0]), columns, a.shape[1], gated, norm is not None, device
         )
     return None
 

@@ -26,7 +26,7 @@ SCHEMAS = (
     "linear_fused(Tensor input, Tensor[] weights, Tensor[] biases, *, Tensor? norm_weight=None, "
     'float norm_eps=0.0, float norm_offset=0.0, str activation="none", bool gated=False, '
     "Tensor? multiplier=None, float scale=1.0, Tensor? residual=None, bool norm_centered=False, "
-    "Tensor? norm_bias=None) -> Tensor[]",
+    "Tensor? norm_bias=None, bool weights_ready=False) -> Tensor[]",
 )
 
 
@@ -132,7 +132,9 @@ class LinearOptions(NamedTuple):
     """What `linear_fused` is given by name.
 
     With a `norm_weight` the input is normalised by its root mean square, with `norm_centered` by
-    mean and deviation (LayerNorm), of which weight and `norm_bias` may be absent.
+    mean and deviation (LayerNorm), of which weight and `norm_bias` may be absent. With
+    `weights_ready` weights and norm may be read while the kernel launched last still runs: only a
+    caller that knows the order of kernels may say so (see the pass `mark_ready_weights`).
     """
 
     norm_weight: Tensor | None = None
@@ -145,6 +147,7 @@ class LinearOptions(NamedTuple):
     residual: Tensor | None = None
     norm_centered: bool = False
     norm_bias: Tensor | None = None
+    weights_ready: bool = False
 
     @property
     def norm(self) -> bool:
@@ -161,7 +164,7 @@ def check_linear_fused(
         UnsupportedProblemError: operands of other dtypes.
         RuntimeError: naming the argument, its shape and a remedy.
     """
-    _, _, _, activation, gated, multiplier, scale, residual, _, _ = options
+    _, _, _, activation, gated, multiplier, scale, residual, *_ = options
     for weight in weights:
         _check_product("linear_fused", input, weight.mT, 2)
     check = functools.partial(_check, "linear_fused")
@@ -270,8 +273,9 @@ def _linear_fused(
         None if chosen.residual is None else chosen.residual.expand(shape),
     )
     linear.linear(
-        input, weights, biases or None, outs, norm=norm, gated=chosen.gated, epilogue=epilogue
-    )
+        input, weights, biases or None, outs, norm=norm, gated=chosen.gated, epilogue=epilogue,
+        weights_ready=chosen.weights_ready,
+    )  # fmt: skip
     return outs
 
 

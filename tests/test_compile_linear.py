@@ -46,6 +46,9 @@ for M, K, columns, options in json.loads(sys.argv[3]):
             pdl="griddepcontrol.wait" in ptx, copies="cp.async.cg.shared.global" in ptx,
         )))
 """
+TENSOR_CORE_KERNELS = (
+    "gated_gemm_tma_kernel", "skinny_linear_kernel", "pair_gemm_kernel", "ring_linear_kernel",
+)  # fmt: skip
 LLAMA = [
     (4096, [4096, 1024, 1024], ["norm"]),
     (4096, [4096], ["residual"]),
@@ -87,14 +90,14 @@ def check_compiled(target: str, problems: list[Any]) -> None:
         # Of no weight elsewhere: two or four registers that ptxas keeps on the stack below its limit.
         assert row["spilled"] <= (0 if target == "sm90" else 16), row
         assert row["pdl"] == TARGETS[target][2].has_dependent_launch, row
-        if row["name"] in ("gated_gemm_tma_kernel", "skinny_linear_kernel", "pair_gemm_kernel"):
+        if row["name"] in TENSOR_CORE_KERNELS:
             assert row["wgmma"], row
             assert row["tma"], row
         if target.startswith("sm") and row["name"] == "linear_gemv_kernel":
             assert row["copies"], row
     expected = {"linear_gemv_kernel", "rms_norm_kernel", "layer_norm_kernel"}
     expected |= (
-        {"pair_gemm_kernel", "skinny_linear_kernel"}
+        {"pair_gemm_kernel", "skinny_linear_kernel", "ring_linear_kernel"}
         if target == "sm90"
         else {"gated_gemm_kernel", "gemm_kernel"}
     )

@@ -1,0 +1,170 @@
+"""Few rows through the ring: when it is chosen; on a Hopper GPU against fp64, beside cuBLAS."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import triton_only_backend  # noqa: F401
+from triton_only_backend.kernels.hardware import Hardware
+from triton_only_backend.kernels.limits import RING_MAX_ROWS
+from triton_only_backend.kernels.linear_configs import RingConfig, select_ring
+
+ours = torch.ops.triton_only
+H200 = Hardware("NVIDIA H200", "cuda", "sm90", 132, 232448)
+A100 = Hardware("A100", "cuda", "sm80", 108, 166912)
+on_hopper = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
+    reason="the ring is for Hopper",
+)
+
+
+@pytest.mark.parametrize(
+    ("M", "columns", "K", "gated", "normed", "expected"),
+    [
+        (2, (4096,), 4096, False, False, RingConfig(4, 5, 2)),
+        (1, (4096, 1024, 1024), 4096, False, True, RingConfig(4, 8)),
+        (2, (14336,), 4096, True, True, RingConfig(4, 12)),
+        (2, (4096,), 14336, False, False, RingConfig(4, 5, 2)),
+        (2, (128256,), 4096, False, True, RingConfig(4, 12)),
+        (16, (14336,), 4096, False, False, RingConfig(2, 9)),
+    ],
+)
+def test_choice(M, columns, K, gated, normed, expected):
+    assert select_ring(M, columns, K, gated, normed, H200) == expected
+
+
+@pytest.mark.parametrize(
+    ("M", "columns", "K", "gated", "normed", "device"),
+    [
+        (2, (4096,), 4096, False, False, A100),
+        (RING_MAX_ROWS * 2, (4096,), 4096, False, False, H200),
+        (2, (4096,), 4096 + 64, False, False, H200),  # not a whole number of runs
+        (2, (4096,), 4096 + 512, False, True, H200),  # nor of what is normalised at once
+        (2, (4096,), 16384, False, True, H200),  # more than the registers hold
+        (2, (1024,), 4096, False, False, H200),  # multiprocessors without a tile
+    ],
+)
+def test_left_to_other_kernels(M, columns, K, gated, normed, device):
+    assert select_ring(M, columns, K, gated, normed, device) is None
+
+
+@pytest.mark.parametrize("K", [1024, 4096, 8192, 14336, 28672])
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("normed", [False, True])
+def test_fits_the_shared_memory(K, gated, normed):
+    for M, n in itertools.product((1, 2, 4, 8, 16), (4096, 6144, 128256)):
+        config = select_ring(M, (n,), K, gated, normed, H200)
+        if config is not None:
+            rows, boxes = config.rows(M), 1 if gated else 2
+            x = 2 * K * rows if normed else config.stages * boxes * config.fold * rows * 128
+            sums = (1 + gated) * 64 * config.fold * rows * 4
+            used = config.stages * (16384 + 16) + x + sums + 1024
+            assert config.resident * used <= H200.shared_memory
+            assert config.stages >= 3
+
+
+def reference(x, weights, biases, norm, gated, activation, multiplier, residual, dtype):
+    x, weights = x.to(dtype), [w.to(dtype) for w in weights]
+    if norm is not None:
+        wide = x if dtype == torch.float64 else x.float()
+        rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5)
+        x = (wide * rstd).to(dtype) * norm.to(dtype)
+    ys = [F.linear(x, w, b.to(dtype)) for w, b in zip(weights, biases, strict=True)]
+    act = {"none": lambda y: y, "silu": F.silu, "gelu": F.gelu}[activation]
+    ys = [act(ys[0]) * ys[1]] if gated else [act(y) for y in ys]
+    if len(ys) == 1:
+        ys = [ys[0] * multiplier.to(dtype) + residual.to(dtype)]
+    return ys
+
+
+PROBLEMS = [
+    ((4096,), 4096, "none", False, False),
+    ((4096, 1024, 1024), 4096, "none", False, True),
+    ((2117, 33, 5), 1024, "gelu", False, True),
+    ((2500, 2500), 3072, "silu", True, False),
+    ((14336, 14336), 4096, "silu", True, True),
+    ((4111,), 14336, "none", False, False),
+    ((9001,), 512, "silu", False, False),
+]
+
+
+@pytest.mark.gpu
+@on_hopper
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("M", [1, 2, 3, 4, 7, 8, 16])
+@pytest.mark.parametrize("columns,K,activation,gated,normed", PROBLEMS)
+def test_against_fp64(M, columns, K, activation, gated, normed, dtype):
+    torch.manual_seed(M * K)
+    device = torch.device("cuda")
+    widths = columns[:1] if gated else columns
+
+    def randn(*shape):
+        return torch.randn(shape, device=device).to(dtype)
+
+    # Rows of wider matrices: strides of their own.
+    x = randn(M, K + 64)[:, :K] * 3
+    weights = [randn(n, K + 8)[:, :K] * K**-0.5 for n in columns]
+    biases = [randn(n) for n in columns]
+    norm = 1 + 0.1 * randn(K) if normed else None
+    multiplier, residual = randn(M, widths[0]), randn(M, widths[0])
+    options = {"activation": activation, "gated": gated}
+    if normed:
+        options |= {"norm_weight": norm, "norm_eps": 1e-5}
+    if len(widths) == 1:
+        options |= {"multiplier": multiplier, "residual": residual}
+    given = (x, weights, biases, norm, gated, activation, multiplier, residual)
+    outs = ours.linear_fused(x, weights, biases, **options)
+    assert "ring_linear_kernel" in kernels_of(
+        lambda: ours.linear_fused(x, weights, biases, **options)
+    ) or not is_chosen(M, widths, K, gated, normed)
+    exact, vendor = reference(*given, torch.float64), reference(*given, dtype)
+    for out, right, theirs in zip(outs, exact, vendor, strict=True):
+        error, vendor_error = ((t.double() - right).norm().item() for t in (out, theirs))
+        rounding = torch.finfo(dtype).eps / 2 * right.norm().item()
+        assert error <= 1.5 * max(vendor_error, rounding)
+    again = ours.linear_fused(x, weights, biases, **options)
+    assert all(torch.equal(a, b) for a, b in zip(outs, again, strict=True))
+
+
+def is_chosen(M, columns, K, gated, normed):
+    from triton_only_backend.kernels import hardware
+    from triton_only_backend.kernels.sizes import next_power_of_2
+
+    device = hardware.of(torch.device("cuda", torch.cuda.current_device()))
+    return select_ring(next_power_of_2(M), columns, K, gated, normed, device) is not None
+
+
+def kernels_of(function):
+    from triton_only_backend import profile
+
+    return {row.kernel for row in profile(function).rows}
+
+
+@pytest.mark.gpu
+@on_hopper
+def test_a_chain_that_reads_ahead_of_its_producers():
+    """Each layer reads its weights while the one before runs, and what that writes after it."""
+    torch.manual_seed(0)
+    layers = [torch.randn(4096, 4096, device="cuda").bfloat16() / 64 for _ in range(24)]
+    x = torch.randn(2, 4096, device="cuda").bfloat16()
+
+    def run(ready):
+        y = x
+        for weight in layers:
+            (y,) = ours.linear_fused(y, [weight], [], residual=x, weights_ready=ready)
+        return y
+
+    right = run(False)
+    assert torch.equal(run(True), right)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run(True)
+    for _ in range(50):
+        out.fill_(float("nan"))
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(out, right)
