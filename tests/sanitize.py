@@ -27,6 +27,7 @@ import torch
 
 import triton_only_backend.kernels
 from triton_only_backend import interpreter
+from triton_only_backend.kernels import hardware
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 KERNELS = Path(triton_only_backend.kernels.__file__).parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HAS_TMA = DEVICE == "cpu" or torch.cuda.get_device_capability()[0] >= 9
+HAS_GLUON = DEVICE == "cuda" and hardware.of(torch.device("cuda", 0)).has_gluon
 HALF, FULL = torch.bfloat16, torch.float32
 ours = torch.ops.triton_only
 
@@ -61,10 +63,11 @@ def entry_kernels() -> dict[str, str]:
 
 
 def is_jit_function(name: str, file: str) -> bool:
-    """Whether a file defines a function of this name under @triton.jit."""
+    """Whether a file defines a function of this name under @triton.jit or, for this GPU, Gluon's."""
+    decorators = ("triton.jit", "gluon.jit") if HAS_GLUON else ("triton.jit",)
     for node in ast.walk(ast.parse((KERNELS / file).read_text())):
         if isinstance(node, ast.FunctionDef) and node.name == name:
-            return any("triton.jit" in ast.unparse(d) for d in node.decorator_list)
+            return any(ast.unparse(d).startswith(decorators) for d in node.decorator_list)
     return False
 
 
@@ -200,6 +203,28 @@ def linear_gemv() -> None:
             randn(rows, K), weights, biases, outs,
             config=GemvConfig(8 if k_major else 32, 128, 4, 3, k_major),
             norm=Norm(randn(K), 1e-5, 0.0, centered, randn(K) if centered else None), gated=gated,
+        )  # fmt: skip
+
+
+@problem
+def ring_linear() -> None:
+    from triton_only_backend.kernels.epilogue import Epilogue
+    from triton_only_backend.kernels.linear_configs import RingConfig
+    from triton_only_backend.kernels.rms_norm import Norm
+
+    if not HAS_GLUON:
+        return
+    from triton_only_backend.kernels.ring_linear import ring_linear
+
+    for rows, fold, gated, normed in itertools.product((1, 2, 7), (4, 2), (False, True), (0, 1)):
+        K, columns = 2048, (45, 45) if gated else (45, 7, 72)
+        weights = [randn(n, K) for n in columns]
+        outs = [randn(rows, n) for n in (columns[:1] if gated else columns)]
+        epilogue = Epilogue("silu", residual=randn(rows, 45)) if gated else Epilogue()
+        ring_linear(
+            randn(rows, K), weights, [randn(n) for n in columns], outs,
+            config=RingConfig(fold, 3), norm=Norm(randn(K), 1e-5, 0.0) if normed else None,
+            gated=gated, epilogue=epilogue, early=bool(normed),
         )  # fmt: skip
 
 
