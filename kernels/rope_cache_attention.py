@@ -25,7 +25,7 @@ from triton_only_backend.kernels import hardware
 from triton_only_backend.kernels.attention_configs import (
     AttentionProblem,
     DecodeConfig,
-    select_decode_config,
+    select_rope_cache_config,
 )
 from triton_only_backend.kernels.decode_attention import (
     Splits,
@@ -190,7 +190,7 @@ def attention_rope_cache(
             head_dim=head_dim, head_dim_v=head_dim_v, element_size=query.element_size(),
             is_causal=is_causal, has_mask=mask is not None,
         )  # fmt: skip
-        config = select_decode_config(problem, device)
+        config = select_rope_cache_config(problem, device)
     with hardware.guard(query):
         splits = arrange_splits(query, num_kv_heads, len_kv, head_dim_v, config)
         one_launch = splits.num_splits == 1 or splits.counters is not None

@@ -85,11 +85,13 @@ def test_which_kernel(changes, expected):
     [
         (1, 0, 1),
         (1, 63, 1),
-        (1, 512, 16),
+        (1, 512, 8),
         (2, 768, 8),
-        (1, 4095, 16),
-        (1, 32768, 33),
-        (16, 2048, 2),
+        (1, 2048, 32),
+        (1, 4095, 32),
+        (1, 4096, 16),
+        (1, 32768, 16),
+        (16, 2048, 1),
         (64, 4096, 1),
     ],
 )
@@ -99,8 +101,13 @@ def test_splits_fill_the_multiprocessors_once_or_twice(batch, len_kv, splits):
 
 
 def test_short_splits_take_fine_tiles():
-    assert configs.select_decode_config(replace(DECODE, len_kv=768), H200).block_n == 32
-    assert configs.select_decode_config(replace(DECODE, len_kv=32768), H200).block_n == 64
+    def tile(len_kv, batch=1, select=configs.select_decode_config):
+        return select(replace(DECODE, batch=batch, len_kv=len_kv), H200).block_n
+
+    assert [tile(n) for n in (768, 2048, 4096, 131072)] == [64, 64, 128, 128]
+    assert [tile(n, batch=64) for n in (1024, 4096)] == [32, 128]
+    between = configs.select_rope_cache_config
+    assert [tile(n, select=between) for n in (768, 4096)] == [32, 128]
 
 
 def test_interpreter_takes_large_blocks():
