@@ -9,4 +9,4 @@ MAX_HEAD_DIM = 256
 ACTIVATIONS = ("none", "relu", "sigmoid", "silu", "gelu", "gelu_tanh", "tanh")
 # Rows of a linear layer that `ring_linear` takes: of more, the blocks of a product that it throws
 # away cost the tensor cores too much time.
-RING_MAX_ROWS = 16
+RING_MAX_ROWS = 8

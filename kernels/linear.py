@@ -5,7 +5,7 @@
     gated: out = epilogue(activation(x @ weight_0ᵀ + bias_0) · (x @ weight_1ᵀ + bias_1))
 
 One or two rows: everything in one launch, and so up to 64 on Hopper where that fills the GPU; up to
-16 there by a kernel of their own. Else
+8 there by a kernel of their own. Else
 the norm, then a product a weight, or one kernel for two that are alike or of which one gates the
 other, with the epilogue in the product's kernel.
 """

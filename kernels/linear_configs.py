@@ -267,7 +267,8 @@ def select_ring(
     kernel is to be taken.
 
     Measured on an H200, bf16, µs (cuBLAS, `linear_gemv`): 4096 × 4096 8.6 (13.5, 10.4) and 4096 ×
-    14336 27.2 (34.0, 29.3) with M = 2; 10.0 (13.7) and 28.7 (34.7) with M = 16. A program with two
+    14336 27.2 (34.0, 29.3) with M = 2; 9.1 (13.4) and 27.8 (34.3) with M = 8. With M = 16 the other
+    kernels are level or faster. A program with two
     tiles or fewer is better off as two: one begins where the other ends. Deeper rings read faster
     (q, k, v and gate, up of 7 stages 13.0 and 55.5, of 11 12.6 and 53.9), but q, k and v leave the
     room in which attention's programs start (a whole step 3866 and 3954).

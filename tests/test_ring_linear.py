@@ -30,7 +30,7 @@ on_hopper = pytest.mark.skipif(
         (2, (14336,), 4096, True, True, RingConfig(4, 12)),
         (2, (4096,), 14336, False, False, RingConfig(4, 5, 2)),
         (2, (128256,), 4096, False, True, RingConfig(4, 12)),
-        (16, (14336,), 4096, False, False, RingConfig(2, 9)),
+        (8, (14336,), 4096, False, False, RingConfig(2, 10)),
     ],
 )
 def test_choice(M, columns, K, gated, normed, expected):
@@ -56,7 +56,7 @@ def test_left_to_other_kernels(M, columns, K, gated, normed, device):
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("normed", [False, True])
 def test_fits_the_shared_memory(K, gated, normed):
-    for M, n in itertools.product((1, 2, 4, 8, 16), (4096, 6144, 128256)):
+    for M, n in itertools.product((1, 2, 4, 8), (4096, 6144, 128256)):
         config = select_ring(M, (n,), K, gated, normed, H200)
         if config is not None:
             rows, boxes = config.rows(M), 1 if gated else 2
@@ -95,7 +95,7 @@ PROBLEMS = [
 @pytest.mark.gpu
 @on_hopper
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
-@pytest.mark.parametrize("M", [1, 2, 3, 4, 7, 8, 16])
+@pytest.mark.parametrize("M", [1, 2, 3, 4, 7, 8])
 @pytest.mark.parametrize("columns,K,activation,gated,normed", PROBLEMS)
 def test_against_fp64(M, columns, K, activation, gated, normed, dtype):
     torch.manual_seed(M * K)
@@ -141,7 +141,7 @@ def is_chosen(M, columns, K, gated, normed):
 def kernels_of(function):
     from triton_only_backend import profile
 
-    return {row.kernel for row in profile(function).rows}
+    return {row.name for row in profile(function).rows}
 
 
 @pytest.mark.gpu
