@@ -34,6 +34,12 @@ from triton_only_backend.kernels.attention_configs import (
 from triton_only_backend.kernels.decode_attention import decode_attention
 from triton_only_backend.kernels.flash_attention import flash_attention
 from triton_only_backend.kernels.flash_attention_backward import flash_attention_backward
+from triton_only_backend.kernels.hopper_attention_configs import (
+    HopperFlashConfig,
+    select_hopper_flash,
+    takes,
+)
+from triton_only_backend.kernels.loading import load
 from triton_only_backend.kernels.matmul import precision_of
 
 Tensor = torch.Tensor
@@ -56,6 +62,15 @@ def _problem(x: Operands, options: Options) -> AttentionProblem:
         has_softcap=options.softcap > 0,
         has_window=max(options.window_left, options.window_right) >= 0,
     )
+
+
+def _hopper_config(
+    x: Operands, options: Options, problem: AttentionProblem, device: hardware.Hardware
+) -> HopperFlashConfig | None:
+    """The configuration with which `flash_attention_hopper` runs this, or None."""
+    if device.has_gluon and takes(x, options):
+        return select_hopper_flash(problem, device)
+    return None
 
 
 def decodes(query: Tensor, key: Tensor, value: Tensor, options: Options) -> bool:
@@ -98,6 +113,11 @@ def forward(
     with hardware.guard(query):
         if uses_decode_kernel(problem):
             decode_attention(*tensors, config=select_decode_config(problem, device), **arguments)
+        elif (hopper := _hopper_config(x, options, problem, device)) is not None:
+            load("flash_attention_hopper").flash_attention_hopper(
+                *tensors, is_causal=options.is_causal, scale=options.scale_of(query),
+                config=hopper, num_sms=device.num_sms, spans=spans,
+            )  # fmt: skip
         else:
             config = select_flash_config(problem, device)
             flash_attention(*tensors, config=config, **arguments, spans=spans)

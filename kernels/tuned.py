@@ -33,7 +33,10 @@ log = logging.getLogger("triton_only")
 KERNELS = Path(__file__).parent
 # The kernels of each kind, by their files: what is measured with others says nothing of these.
 SOURCES = {
-    "gemm": ("gemm", "gemm_tma", "gemv", "split_k", "epilogue", "dependent_launch"),
+    "gemm": (
+        "gemm", "gemm_tma", "gemm_hopper", "tma_ring", "gemv", "split_k", "epilogue",
+        "dependent_launch",
+    ),
     "flash_attention": ("flash_attention", "attention_tiles", "mask_spans", "dependent_launch"),
     "decode_attention": (
         "decode_attention", "split_kv", "flash_attention", "attention_tiles", "mask_spans",
@@ -135,6 +138,11 @@ def forcing(kind: str, config: Any) -> Iterator[None]:
         yield
     finally:
         _hooks.forced = before
+
+
+def is_forced(kind: str) -> bool:
+    """Whether every choice of this kind is made already: no other kernel may run in its place."""
+    return _hooks.forced is not None and _hooks.forced[0] == kind
 
 
 def select(

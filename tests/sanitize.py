@@ -137,6 +137,28 @@ def gemm_tma() -> None:
 
 
 @problem
+def gemm_hopper() -> None:
+    """Each tile, whole and divided, both layouts of both operands, with and without an epilogue."""
+    from triton_only_backend.kernels import hardware
+    from triton_only_backend.kernels.epilogue import NO_EPILOGUE, Epilogue
+    from triton_only_backend.kernels.gemm_configs import HOPPER_TILES, GemmConfig
+
+    if not HAS_GLUON:
+        return
+    from triton_only_backend.kernels.gemm_hopper import gemm_hopper
+
+    M, N, K = 272, 520, 1032
+    device = hardware.of(torch.device(DEVICE))
+    for (tile, stages), stream_k in itertools.product(HOPPER_TILES.items(), (False, True)):
+        config = GemmConfig("gemm_hopper", *tile, 64, 1, 16, 8, stages, stream_k=stream_k)
+        out, bias = randn(M, N), randn(N).expand(M, N)
+        how = {"alpha": 0.5, "beta": 2.0, "config": config, "device": device}
+        epilogue = Epilogue("silu", None, 1.0, randn(M, N))
+        gemm_hopper(randn(M, K), randn(N, K).T, bias, out, epilogue=epilogue, **how)
+        gemm_hopper(randn(K, M).T, randn(K, N), None, out, epilogue=NO_EPILOGUE, **how)
+
+
+@problem
 def gemv() -> None:
     """One and two rows, K split and whole, K contiguous or not."""
     from triton_only_backend.kernels.gemm_configs import GemmConfig
@@ -319,6 +341,36 @@ def attention() -> None:
         ours.attention(q, k, k, mask).sum().backward()
     seed = ours.random_seeds(1, device=q.device)
     ours.attention(q, k, k, None, seed, dropout_p=0.3).sum().backward()
+
+
+@problem
+def attention_on_hopper() -> None:
+    """Each configuration: causal and full, masks by bytes and by rows, every kind of store."""
+    from triton_only_backend.kernels.hopper_attention_configs import (
+        MASKED,
+        THREE_GROUPS,
+        TWO_GROUPS,
+    )
+
+    if not HAS_GLUON:
+        return
+    from triton_only_backend.kernels.flash_attention_hopper import flash_attention_hopper
+
+    shapes = ((333, 201), (130, 256))
+    for (len_q, len_kv), dim, form in itertools.product(shapes, (64, 128), ("", "causal", "mask")):
+        q, k, v = randn(2, 4, len_q, dim), randn(2, 2, len_kv, dim), randn(2, 2, len_kv, dim)
+        mask = None
+        if form == "mask":
+            mask = torch.rand(len_q, len_kv, device=DEVICE) > 0.3
+            mask = mask.tril(100).expand(2, 4, len_q, len_kv)
+        chosen = [(TWO_GROUPS if mask is None else MASKED)[dim]]
+        if dim == 64 and mask is None:
+            chosen.append(THREE_GROUPS)
+        for config, width in itertools.product(chosen, (dim, dim + 3)):
+            flash_attention_hopper(
+                q, k, v, mask, randn(2, 4, len_q, width)[..., :dim], randn(2, 4, len_q, dtype=FULL),
+                is_causal=form == "causal", scale=0.1, config=config, num_sms=5,
+            )  # fmt: skip
 
 
 @problem
