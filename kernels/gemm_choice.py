@@ -13,14 +13,18 @@ from typing import TYPE_CHECKING
 from triton_only_backend.kernels import tuned
 from triton_only_backend.kernels.gemm_configs import (
     GEMV_MAX_ROWS,
+    HOPPER_TILES,
     SKINNY_MAX_ROWS,
     GemmConfig,
     GemmProblem,
+    shares,
     supports,
 )
 from triton_only_backend.kernels.sizes import next_power_of_2
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from triton_only_backend.kernels.hardware import Hardware
 
 
@@ -167,7 +171,46 @@ def _hopper(problem: GemmProblem, hardware: Hardware) -> GemmConfig | None:
         if problem.M <= problem.N:
             return _hopper_skinny(problem.transposed, hardware, swap=True)
         return _hopper_skinny(problem, hardware, swap=False)
-    return _in_whole_waves(problem, hardware) or hopper_choice(problem, hardware)[1]
+    choices = [hopper_choice(problem, hardware)]
+    if hardware.has_gluon:
+        choices += _warp_specialised(problem, hardware)
+    if problem.M <= _WHOLE_WAVES_ROWS:
+        choices += _in_whole_waves(problem, hardware)
+    return min(choices, key=lambda choice: choice[0])[1]
+
+
+# Tiles of `gemm_hopper`, whether the last wave's are divided, and µs that a multiprocessor takes
+# for 64 of K on one, all of them at work. Its other tiles are level with `gemm_tma`'s.
+_WARP_SPECIALISED = (((128, 192), False, 0.525), ((128, 256), True, 0.655))
+# µs that dividing tiles costs: measured 15 to 24, from M = 256 to 1024.
+_DIVISION_US = 22.0
+
+
+def _warp_specialised(
+    problem: GemmProblem, hardware: Hardware
+) -> Iterator[tuple[float, GemmConfig]]:
+    """Configurations of `gemm_hopper`, and the time of each in µs.
+
+    Measured on an H200, bf16, µs (cuBLAS, `gemm_tma`): 512 × 6144 × 4096 36.4 (35.4, 41.9) in one
+    wave of 128 × 192; 256 × 10240 × 8192 69.7 (61.8, 81); 4096 × 57344 × 8192 5628 (5839, 6032),
+    the last wave divided.
+    """
+    read = (problem.M + problem.N) * problem.K * problem.element_size / _HOPPER_BYTES_PER_US
+    steps = math.ceil(problem.K / 64)
+    for (block_m, block_n), stream_k, step_us in _WARP_SPECIALISED:
+        stages = HOPPER_TILES[block_m, block_n]
+        config = GemmConfig(
+            "gemm_hopper", block_m, block_n, 64, 1, 16, 8, stages, stream_k=stream_k
+        )
+        share = shares(problem.M, problem.N, problem.K, config, hardware.num_sms)
+        if stream_k != share.divided:
+            continue
+        each = math.ceil(share.whole / share.programs) * steps  # of the busiest program
+        if stream_k:
+            tiles = math.ceil(problem.M / block_m) * math.ceil(problem.N / block_n)
+            each += math.ceil((tiles - share.whole) * steps / share.programs)
+        compute = 2.5 + each * step_us + (_DIVISION_US if stream_k else 0.0)
+        yield math.hypot(compute, read), config
 
 
 def hopper_choice(
@@ -201,25 +244,22 @@ def hopper_choice(
     return best
 
 
-def _in_whole_waves(problem: GemmProblem, hardware: Hardware) -> GemmConfig | None:
-    """The largest tiles in whole waves, what is left in smaller ones; None where that is no gain.
+def _in_whole_waves(problem: GemmProblem, hardware: Hardware) -> Iterator[tuple[float, GemmConfig]]:
+    """The largest tiles in whole waves, what is left in smaller ones; nothing if there is no gain.
 
     Measured on an H200, bf16, µs in one launch, so, and cuBLAS: 512 × 28672 × 4096 162, 155, 153;
     512 × 10240 × 8192 134, 114, 115; 256 × 57344 × 8192 368, 358, 318.
     """
-    if problem.M > _WHOLE_WAVES_ROWS:
-        return None
     block_m, block_n = 128, 256
     rows = math.ceil(problem.M / block_m)
     waves = rows * math.ceil(problem.N / block_n) // hardware.num_sms
     columns = waves * hardware.num_sms // rows * block_n
     if not 0 < columns < problem.N:
-        return None
+        return
     cost, config = hopper_choice(replace(problem, N=columns), hardware, may_split=False)
     rest, _ = hopper_choice(replace(problem, N=problem.N - columns), hardware, may_split=False)
-    if cost + rest > _WHOLE_WAVES_GAIN * hopper_choice(problem, hardware)[0]:
-        return None
-    return replace(config, columns=columns)
+    if cost + rest <= _WHOLE_WAVES_GAIN * hopper_choice(problem, hardware)[0]:
+        yield cost + rest, replace(config, columns=columns)
 
 
 def _hopper_skinny(problem: GemmProblem, hardware: Hardware, *, swap: bool) -> GemmConfig | None:

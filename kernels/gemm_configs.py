@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from triton_only_backend.kernels.sizes import next_power_of_2
 
@@ -64,7 +64,8 @@ class GemmConfig:
 
     Attributes:
         kernel: "gemm" (tiles on the tensor cores), "gemm_tma" (the same on tensor descriptors,
-            persistent) or "gemv" (multiply and reduce, M ≤ 2).
+            persistent), "gemm_hopper" (the same with warps that only copy; num_warps counts those
+            that multiply) or "gemv" (multiply and reduce, M ≤ 2).
         swap_operands: compute outᵀ = bᵀ @ aᵀ; block_m and block_n then refer to outᵀ.
         reduce_block: elements a program of the split-K reduction sums.
         resident: blocks of the persistent kernel that share a multiprocessor.
@@ -73,9 +74,10 @@ class GemmConfig:
         flatten: the persistent kernel loads a tile's operands while it writes the tile before.
         columns: the first columns are computed so, whose tiles come in whole waves, and those that
             would leave a wave half empty by a launch of their own with smaller tiles; 0: all are.
+        stream_k: `gemm_hopper` divides the tiles that would leave a wave half empty.
     """
 
-    kernel: Literal["gemm", "gemm_tma", "gemv"]
+    kernel: Literal["gemm", "gemm_tma", "gemm_hopper", "gemv"]
     block_m: int
     block_n: int
     block_k: int
@@ -89,7 +91,13 @@ class GemmConfig:
     store_halves: bool = False
     flatten: bool = True
     columns: int = 0
+    stream_k: bool = False
 
+
+# Tiles of `gemm_hopper` (rows, columns), and the slots of the ring that fit beside the result's.
+HOPPER_TILES = {(128, 256): 4, (256, 128): 4, (128, 192): 4, (128, 128): 6}
+# Warpgroups of it that multiply, each half of a tile's rows.
+HOPPER_CONSUMERS = 2
 
 # Shared memory in which a tile of an epilogue's operands changes its layout.
 OPERAND_BYTES = 32768
@@ -115,9 +123,13 @@ def supports(problem: GemmProblem, config: GemmConfig, hardware: Hardware) -> bo
     held = config.num_stages - (hardware.backend == "hip")
     if config.num_stages > 1 and held * stage > hardware.shared_memory:
         return False
+    plain = problem.aligned and problem.element_size == 2 and problem.batch == 1
     if config.kernel == "gemm_tma":
-        plain = problem.aligned and problem.element_size == 2 and problem.batch == 1
         return plain and has_descriptors(hardware)
+    if config.kernel == "gemm_hopper":
+        slots = HOPPER_TILES.get((config.block_m, config.block_n), 0)
+        fits = config.num_stages <= slots and config.block_k == 64 and config.split_k == 1
+        return plain and fits and not config.swap_operands and hardware.has_gluon
     return config.kernel == "gemm"
 
 
@@ -152,6 +164,57 @@ class EpilogueTraits:
             return 32
         pointers = self.activated and not self.out_aligned
         return 64 if self.is_awkward or self.out_size >= 4 or pointers else 128
+
+
+class Shares(NamedTuple):
+    """Who works on what in a launch of `gemm_hopper`.
+
+    Attributes:
+        programs: how many there are.
+        whole: the first tiles, each computed by one program.
+        lanes: programs that together are one of the workers that have equal shares of the steps
+            along K of the other tiles.
+        divided: whether there are others.
+    """
+
+    programs: int
+    whole: int
+    lanes: int
+    divided: bool
+
+
+def shares(M: int, N: int, K: int, config: GemmConfig, num_sms: int) -> Shares:
+    """What `gemm_hopper` gives to whom.
+
+    With `stream_k` the tiles of the last one to two waves are divided, or all if there are fewer.
+    The programs of a worker have neighbouring rows of tiles and read the same of b at the same
+    time: the least number from four on that divides the rows and leaves few multiprocessors idle.
+    """
+    rows = math.ceil(M / config.block_m)
+    tiles = rows * math.ceil(N / config.block_n)
+    if not config.stream_k or tiles % num_sms == 0:
+        return Shares(min(tiles, num_sms), tiles, 1, divided=False)
+    fitting = [d for d in range(1, 17) if rows % d == 0 and num_sms // d * d >= 0.95 * num_sms]
+    lanes = max(fitting, key=lambda d: (min(d, 4), -d))
+    programs = num_sms // lanes * lanes
+    whole = max(0, tiles // programs - 1) * programs
+    steps = (tiles - whole) // lanes * math.ceil(K / config.block_k)
+    # A run has a few steps at least.
+    programs = min(programs, lanes * max(1, steps // 4))
+    return Shares(programs, whole, lanes, divided=True)
+
+
+def with_registers(config: GemmConfig, traits: EpilogueTraits) -> GemmConfig | None:
+    """A configuration of `gemm_hopper` with the registers that its epilogue leaves.
+
+    None where another kernel does better: what is not 16-bit and aligned cannot be written by the
+    copy engine, or spills. So do 256 × 128 with an operand, by 120 to 212 bytes.
+    """
+    if traits.out_size != 2 or not traits.out_aligned or traits.is_awkward:
+        return None
+    if traits.operand_size > 0 and config.block_m == 256:
+        return replace(config, block_m=128, block_n=256)
+    return config
 
 
 @functools.lru_cache(maxsize=4096)

@@ -10,12 +10,13 @@ from triton_only_backend.errors import UnsupportedProblemError
 from triton_only_backend.kernels import hardware
 from triton_only_backend.kernels.epilogue import NO_EPILOGUE, Epilogue
 from triton_only_backend.kernels.gemm import gemm
-from triton_only_backend.kernels.gemm_choice import heuristic_config, select_config
+from triton_only_backend.kernels.gemm_choice import heuristic_config, hopper_choice, select_config
 from triton_only_backend.kernels.gemm_configs import (
     EpilogueTraits,
     GemmConfig,
     GemmProblem,
     bucket,
+    with_registers,
     with_staging,
 )
 from triton_only_backend.kernels.gemm_tma import gemm_tma, has_aligned_rows
@@ -152,6 +153,19 @@ def launch(
 ) -> None:
     """The kernel that `config` names, on operands as `matmul` takes them, the bias expanded."""
     device = hardware.of(out.device)
+    if config.kernel == "gemm_hopper":
+        row_bias = None if bias is None else bias[0]
+        fitting = with_registers(config, epilogue_traits(out[0], row_bias, epilogue))
+        if fitting is not None:
+            # Gluon is there only with Triton for Hopper.
+            from triton_only_backend.kernels.gemm_hopper import gemm_hopper
+
+            gemm_hopper(
+                a[0], b[0], row_bias, out[0],
+                alpha=alpha, beta=beta, config=fitting, device=device, epilogue=epilogue,
+            )  # fmt: skip
+            return
+        config = hopper_choice(problem, device)[1]
     if config.kernel == "gemv":
         gemv(a, b, bias, out, alpha=alpha, beta=beta, config=config, epilogue=epilogue)
     elif config.kernel == "gemm_tma":

@@ -14,7 +14,7 @@ import pytest
 from triton_only_backend import database as databases
 from triton_only_backend import settings
 from triton_only_backend.database import MEASURED, DatabaseError, Place, Trial
-from triton_only_backend.kernels import shipped_tables, tuned
+from triton_only_backend.kernels import hardware, shipped_tables, tuned
 from triton_only_backend.kernels.gemm_choice import heuristic_config, select_config
 from triton_only_backend.kernels.gemm_configs import (
     EpilogueTraits,
@@ -386,8 +386,15 @@ def test_processes_share_a_database(path: Path) -> None:
         assert sorted(trial.us for _, trial in database.trials()) == list(map(float, range(150)))
 
 
-def test_what_would_leave_a_wave_half_empty_is_computed_apart() -> None:
-    """512 × 28672 in tiles of 128 × 256: 448 of 132 at a time; 396 of them in three waves."""
+def test_what_would_leave_a_wave_half_empty_is_computed_apart(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """512 × 28672 in tiles of 128 × 256: 448 of 132 at a time; 396 of them in three waves.
+
+    Where Gluon is not known, whose kernel divides them.
+    """
+    monkeypatch.setattr(hardware, "gluon_is_known", lambda: False)
+    heuristic_config.cache_clear()
     problem = GemmProblem(1, 512, 28672, 4096, 2, False, True, True)
     config = heuristic_config(problem, H200)
     assert (config.block_m, config.block_n, config.columns) == (128, 256, 99 * 256)
@@ -397,3 +404,4 @@ def test_what_would_leave_a_wave_half_empty_is_computed_apart() -> None:
         dataclasses.replace(problem, M=16),
     ):
         assert heuristic_config(other, H200).columns == 0
+    heuristic_config.cache_clear()

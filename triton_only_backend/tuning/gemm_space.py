@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING
 from triton_only_backend.kernels.gemm_choice import fit_stages, heuristic_config
 from triton_only_backend.kernels.gemm_configs import (
     GEMV_MAX_ROWS,
+    HOPPER_TILES,
     GemmConfig,
     GemmProblem,
     has_descriptors,
+    shares,
     supports,
 )
 from triton_only_backend.kernels.sizes import next_power_of_2
@@ -31,7 +33,9 @@ if TYPE_CHECKING:
 # Accumulators a thread may hold of its 255 registers, and still have the rest of the loop in them.
 MAX_ACCUMULATORS = 128
 # Microseconds that a step along K takes beside its loads and products: barriers, addresses.
-STEP_US = {"gemm": 0.04, "gemm_tma": 0.02}
+STEP_US = {"gemm": 0.04, "gemm_tma": 0.02, "gemm_hopper": 0.02}
+# … that a program takes to hand over its sums of a tile that another owns, and this to add them.
+SUMS_US = 4.0
 # Loads in flight that hide the latency of memory, bytes a multiprocessor.
 IN_FLIGHT = 40_000
 
@@ -103,7 +107,7 @@ def space(problem: GemmProblem, hardware: Hardware) -> Iterator[GemmConfig]:
     swaps = (False, True) if min(problem.M, problem.N) <= 512 else (False,)
     for swap in swaps:
         seen = problem.transposed if swap else problem
-        for config in itertools.chain(_gemv(seen), _tiles(seen, hardware)):
+        for config in itertools.chain(_gemv(seen), _tiles(seen, hardware), _warp_specialised(seen)):
             config = replace(config, swap_operands=swap)
             if supports(problem, config, hardware):
                 yield config
@@ -152,6 +156,14 @@ def _tiles(problem: GemmProblem, hardware: Hardware) -> Iterator[GemmConfig]:
             for split_k in _splits(problem, hardware, block_m, block_n, block_k):
                 tile = (block_m, block_n, block_k, split_k, 8, warps)
                 yield from _pipelines(problem, hardware, tile)
+
+
+def _warp_specialised(problem: GemmProblem) -> Iterator[GemmConfig]:
+    for (block_m, block_n), stages in HOPPER_TILES.items():
+        for stream_k in (False, True):
+            for group in (8, 16) if problem.M > 512 else (16,):
+                tile = (block_m, block_n, 64, 1, group, 8, stages)
+                yield GemmConfig("gemm_hopper", *tile, stream_k=stream_k)
 
 
 def _splits(
@@ -206,6 +218,8 @@ def cost_us(problem: GemmProblem, config: GemmConfig, hardware: Hardware) -> flo
     extra = 0.0
     if config.split_k > 1:
         extra = 2.5 + 8 * config.split_k * problem.batch * problem.M * problem.N / rates.memory
+    if config.stream_k:
+        extra = SUMS_US * config.block_m * config.block_n / 32768
     if config.kernel == "gemv":
         blocks = problem.batch * math.ceil(seen.N / config.block_n) * config.split_k
         idle = max(1.0, hardware.num_sms / blocks)
@@ -261,7 +275,7 @@ def _rates(problem: GemmProblem, hardware: Hardware) -> Rates:
 
 
 def _resident(config: GemmConfig, stage: int, hardware: Hardware) -> int:
-    if config.kernel == "gemm_tma":
+    if config.kernel in ("gemm_tma", "gemm_hopper"):
         return config.resident
     registers = (
         32 * config.num_warps * (config.block_m * config.block_n // (32 * config.num_warps) + 64)
@@ -270,8 +284,12 @@ def _resident(config: GemmConfig, stage: int, hardware: Hardware) -> int:
     return max(1, min(memory, 65536 // registers, 4))
 
 
-def _tiles_each(seen: GemmProblem, config: GemmConfig, hardware: Hardware, resident: int) -> int:
+def _tiles_each(seen: GemmProblem, config: GemmConfig, hardware: Hardware, resident: int) -> float:
     """How many tiles the busiest multiprocessor computes."""
+    if config.kernel == "gemm_hopper":
+        share = shares(seen.M, seen.N, seen.K, config, hardware.num_sms)
+        tiles = math.ceil(seen.M / config.block_m) * math.ceil(seen.N / config.block_n)
+        return math.ceil(share.whole / share.programs) + (tiles - share.whole) / share.programs
     tiles = seen.batch * math.ceil(seen.M / config.block_m) * math.ceil(seen.N / config.block_n)
     rounds, rest = divmod(tiles * config.split_k, hardware.num_sms * resident)
     return rounds * resident + math.ceil(rest / hardware.num_sms)

@@ -1,0 +1,353 @@
+"""The warp-specialised product on Hopper: who computes what, what is chosen, what it computes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from cross_compile import rows_of
+from test_gemm import assert_as_accurate
+
+from triton_only_backend.kernels.gemm_choice import heuristic_config
+from triton_only_backend.kernels.gemm_configs import (
+    HOPPER_TILES,
+    EpilogueTraits,
+    GemmConfig,
+    GemmProblem,
+    shares,
+    supports,
+    with_registers,
+)
+from triton_only_backend.kernels.hardware import Hardware
+
+H200 = Hardware("NVIDIA H200", "cuda", "sm90", 132, 232448)
+PROBLEM = GemmProblem(1, 512, 6144, 4096, 2, False, True, True)
+
+
+def config_of(block_m: int, block_n: int, *, stream_k: bool = False) -> GemmConfig:
+    stages = HOPPER_TILES[block_m, block_n]
+    return GemmConfig("gemm_hopper", block_m, block_n, 64, 1, 16, 8, stages, stream_k=stream_k)
+
+
+CONFIGS = [
+    config_of(*tile, stream_k=stream_k) for tile in HOPPER_TILES for stream_k in (False, True)
+]
+
+
+def name_of(config: GemmConfig) -> str:
+    return f"{config.block_m}x{config.block_n}{'-stream' if config.stream_k else ''}"
+
+
+# Who computes what: the kernel's own functions, on integers
+
+
+class Int(int):
+    """An integer that a kernel's functions take for a scalar."""
+
+    def to(self, _dtype: object) -> Int:
+        return self
+
+    def __add__(self, other: int) -> Int:
+        return Int(int(self) + other)
+
+    def __sub__(self, other: int) -> Int:
+        return Int(int(self) - other)
+
+    def __mul__(self, other: int) -> Int:
+        return Int(int(self) * other)
+
+    def __floordiv__(self, other: int) -> Int:
+        return Int(int(self) // other)
+
+    def __mod__(self, other: int) -> Int:
+        return Int(int(self) % other)
+
+    __radd__ = __add__
+    __rmul__ = __mul__
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    """The functions of the kernel that say who computes what, for `kernel.program` of some."""
+    from triton_only_backend.kernels import gemm_hopper
+
+    here = SimpleNamespace(program=Int(0), programs=Int(1))
+    fake = SimpleNamespace(
+        program_id=lambda _: here.program,
+        num_programs=lambda _: here.programs,
+        to_tensor=Int,
+        cdiv=lambda a, b: Int(-(-int(a) // int(b))),
+        maximum=lambda a, b: Int(max(a, b)),
+        minimum=lambda a, b: Int(min(a, b)),
+        where=lambda condition, a, b: a if condition else b,
+        int32=None,
+        int64=None,
+    )
+    for name in ("run_start", "first_run_behind", "items_of", "item_at", "others_of"):
+        function = getattr(gemm_hopper, name).fn
+        setattr(here, name, function)
+        monkeypatch.setattr(gemm_hopper, name, function)
+    monkeypatch.setattr(gemm_hopper, "gl", fake)
+    return here
+
+
+SIZES = [
+    (256, 6144, 4096),
+    (256, 10240, 8192),
+    (512, 28672, 4096),
+    (1024, 4096, 4096),
+    (4096, 6144, 4096),
+    (640, 6144, 4096),
+    (896, 1000, 1000),
+    (129, 200, 64),
+    (70, 130, 1032),
+    (2176, 3000, 520),
+]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=name_of)
+@pytest.mark.parametrize("size", SIZES, ids=lambda s: "x".join(map(str, s)))
+def test_every_step_of_every_tile_is_multiplied_once(kernel, size, config):
+    """And who owns a tile waits for those that have the rest of it, each with lower ids."""
+    M, N, K = size
+    share = shares(M, N, K, config, 132)
+    assert share.programs <= 132 and share.programs % share.lanes == 0
+    tiles = Int(-(-M // config.block_m) * -(-N // config.block_n))
+    steps = Int(-(-K // 64))
+    kernel.programs = Int(share.programs)
+    whole, lanes = Int(share.whole), Int(share.lanes)
+    done: dict[int, list[tuple[int, int, int]]] = {}
+    waits: dict[int, list[int]] = {}
+    given = []
+    for program in range(share.programs):
+        kernel.program = Int(program)
+        count, begin, end = kernel.items_of(tiles, whole, lanes, steps, share.divided)
+        for i in range(count + -(-end // steps) - begin // steps):
+            tile, first, last = kernel.item_at(
+                Int(i), count, begin, end, whole, lanes, steps, share.divided
+            )
+            done.setdefault(int(tile), []).append((int(first), int(last), program))
+            if first > 0:
+                given.append((program, i, int(count)))
+            elif share.divided:
+                others = kernel.others_of(tile, last, tiles, whole, lanes, steps)
+                waits[int(tile)] = [program - n * share.lanes for n in range(1, others + 1)]
+    assert sorted(done) == list(range(tiles))
+    for tile, parts in done.items():
+        parts.sort()
+        assert [first for first, _, _ in parts] == [0, *(last for _, last, _ in parts[:-1])]
+        assert parts[-1][1] == steps
+        if share.divided:
+            assert waits[tile] == [program for _, _, program in parts[1:]]
+            assert all(program < parts[0][2] for program in waits[tile])
+    # One tile of sums a program, the first that it divides with others.
+    assert all(i == count for _, i, count in given)
+
+
+def test_runs_are_equal():
+    """256 × 6144: 96 tiles of 128 × 128, of which each of 66 workers of two has 46 or 47 steps."""
+    share = shares(256, 6144, 4096, config_of(128, 128, stream_k=True), 132)
+    assert share == (132, 0, 2, True)
+    large = config_of(128, 256, stream_k=True)
+    assert shares(4096, 28672, 4096, large, 132) == (132, 26 * 132, 4, True)
+    assert shares(132 * 128, 256, 512, large, 132) == (132, 132, 1, False)
+
+
+# What is chosen
+
+
+def test_the_choice_is_supported_and_has_a_reason():
+    for M in (64, 128, 256, 512, 1024, 4096, 8192):
+        for N, K in ((6144, 4096), (4096, 14336), (10240, 8192), (57344, 8192)):
+            problem = replace(PROBLEM, M=M, N=N, K=K)
+            config = heuristic_config(problem, H200)
+            assert supports(problem, config, H200)
+            if config.kernel == "gemm_hopper":
+                assert config.stream_k == shares(M, N, K, config, 132).divided
+    # 512 × 6144 is 128 tiles of 128 × 192.
+    config = heuristic_config(PROBLEM, H200)
+    assert (config.kernel, config.block_m, config.block_n) == ("gemm_hopper", 128, 192)
+
+
+def test_only_where_it_runs(monkeypatch):
+    config = config_of(128, 256)
+    assert supports(PROBLEM, config, H200)
+    for problem in (
+        replace(PROBLEM, aligned=False),
+        replace(PROBLEM, batch=2),
+        replace(PROBLEM, element_size=4),
+    ):
+        assert not supports(problem, config, H200)
+    for other in (
+        replace(config, swap_operands=True),
+        replace(config, num_stages=5),
+        replace(config, block_m=256),
+        replace(config, split_k=2),
+    ):
+        assert not supports(PROBLEM, other, H200)
+    assert not supports(PROBLEM, config, replace(H200, arch="sm100"))
+    monkeypatch.setattr("triton_only_backend.kernels.hardware.gluon_is_known", lambda: False)
+    heuristic_config.cache_clear()
+    try:
+        assert not supports(PROBLEM, config, H200)
+        assert heuristic_config(PROBLEM, H200).kernel == "gemm_tma"
+    finally:
+        heuristic_config.cache_clear()
+
+
+def test_what_the_epilogue_leaves():
+    large = config_of(256, 128)
+    assert with_registers(large, EpilogueTraits(2, activated=True)) == large
+    with_residual = with_registers(large, EpilogueTraits(2, 2))
+    assert with_residual == replace(large, block_m=128, block_n=256)
+    for traits in (
+        EpilogueTraits(4),
+        EpilogueTraits(2, out_aligned=False),
+        EpilogueTraits(2, 4),
+        EpilogueTraits(2, 2, operands_aligned=False),
+    ):
+        assert with_registers(large, traits) is None
+
+
+# What it computes
+
+
+SCRIPT = """
+import json, sys
+from cross_compile import compile_for
+compiled = compile_for("sm90")
+import torch
+from triton_only_backend.kernels import hardware, tuned
+from triton_only_backend.kernels.epilogue import Epilogue
+from triton_only_backend.kernels.gemm_configs import GemmConfig
+from triton_only_backend.kernels.matmul import matmul
+
+for fields in json.loads(sys.argv[1]):
+    config = GemmConfig(**fields)
+    M, N, K = 4096, 8192, 4096
+    for k_major, with_operands in ((True, False), (False, False), (True, True)):
+        like = dict(dtype=torch.bfloat16)
+        a, out = torch.empty(1, M, K, **like), torch.empty(1, M, N, **like)
+        b = torch.empty(1, N, K, **like).mT if k_major else torch.empty(1, K, N, **like)
+        bias = torch.empty(N, **like) if with_operands else None
+        epilogue = Epilogue("silu", None, 1.0, torch.empty(M, N, **like) if with_operands else None)
+        with tuned.forcing("gemm", config):
+            matmul(a, b, bias, out, epilogue=epilogue)
+        (kernel,) = compiled
+        ptx = kernel.asm["ptx"]
+        print(json.dumps(dict(
+            name=kernel.name, spilled=kernel.spilled, shared=kernel.shared_memory,
+            wgmma="wgmma.mma" in ptx, specialised="setmaxnreg" in ptx, stores="bulk.tensor.2d.global" in ptx,
+        )))
+        compiled.clear()
+"""
+
+
+def compile_all(configs: list[GemmConfig]) -> list[dict]:
+    return rows_of(SCRIPT, json.dumps([vars(config) for config in configs]))
+
+
+def check_compiled(rows: list[dict]) -> None:
+    for row in rows:
+        assert row["name"] == "gemm_hopper_kernel"
+        assert row["shared"] <= H200.shared_memory
+        assert row["spilled"] <= 16, row
+        assert row["wgmma"] and row["specialised"] and row["stores"], row
+
+
+def test_compiles_without_spills():
+    rows = compile_all([config_of(128, 256, stream_k=True), config_of(128, 192)])
+    assert len(rows) == 6
+    check_compiled(rows)
+
+
+@pytest.mark.exhaustive
+def test_every_configuration_compiles_without_spills():
+    check_compiled(compile_all(CONFIGS))
+
+
+@pytest.fixture
+def hopper(device):
+    from triton_only_backend.kernels import hardware
+
+    found = hardware.of(torch.device(device))
+    if not found.has_gluon:
+        pytest.skip("no Hopper")
+    return found
+
+
+def product(a, b, out, config, hardware, bias=None, epilogue=None):
+    from triton_only_backend.kernels.epilogue import NO_EPILOGUE
+    from triton_only_backend.kernels.gemm_hopper import gemm_hopper
+
+    gemm_hopper(
+        a, b, bias, out, alpha=0.5, beta=2.0, config=config, device=hardware,
+        epilogue=epilogue or NO_EPILOGUE,
+    )  # fmt: skip
+    return out
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", ["k-major", "other"])
+@pytest.mark.parametrize("config", CONFIGS, ids=name_of)
+def test_as_accurate_as_the_vendors(config, layout, hopper, device):
+    dtype = torch.bfloat16 if layout == "k-major" else torch.float16
+    for M, N, K in ((256, 6144, 4096), (333, 1000, 520), (2000, 6152, 1032)):
+        rows = M if layout == "k-major" else M // 8 * 8
+        a = torch.randn(rows, K, device=device).to(dtype)
+        b = torch.randn(N, K, device=device).to(dtype).T
+        if layout == "other":
+            a, b = a.T.contiguous().T, b.contiguous()
+        out = torch.full((rows, N), float("nan"), device=device, dtype=dtype)
+        product(a, b, out, config, hopper)
+        assert_as_accurate(out, 0.5 * (a @ b), 0.5 * (a.double() @ b.double()))
+        again = torch.full_like(out, float("nan"))
+        assert torch.equal(product(a, b, again, config, hopper), out)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", CONFIGS, ids=name_of)
+def test_with_epilogue(config, hopper, device):
+    from triton_only_backend.kernels.epilogue import Epilogue
+
+    M, N, K = 333, 1000, 520
+    like = {"device": device, "dtype": torch.bfloat16}
+    a, b = torch.randn(M, K, **like), torch.randn(N, K, **like).T
+    bias, residual = torch.randn(N, **like), torch.randn(M, N, **like)
+    out = torch.full((M, N), float("nan"), **like)
+    product(a, b, out, config, hopper, bias.expand(M, N), Epilogue("silu", None, 1.0, residual))
+
+    def reference(a, b, bias, residual):
+        return torch.nn.functional.silu(0.5 * (a @ b) + 2 * bias) + residual
+
+    operands = (a, b, bias, residual)
+    assert_as_accurate(out, reference(*operands), reference(*(x.double() for x in operands)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tile", HOPPER_TILES, ids=str)
+def test_replays_leave_no_flag_behind(tile, hopper, device):
+    """In a graph with two launches, replayed beside eager launches on another stream."""
+    config = config_of(*tile, stream_k=True)
+    like = {"device": device, "dtype": torch.bfloat16}
+    a, b = torch.randn(256, 4096, **like), torch.randn(6144, 4096, **like).T
+    first = product(a, b, torch.empty(256, 6144, **like), config, hopper)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    outs = [torch.empty_like(first) for _ in range(3)]
+    with torch.cuda.graph(graph):
+        for out in outs[:2]:
+            product(a, b, out, config, hopper)
+    beside = torch.cuda.Stream()
+    for _ in range(20):
+        for out in outs:
+            out.fill_(float("nan"))
+        beside.wait_stream(torch.cuda.current_stream())
+        graph.replay()
+        with torch.cuda.stream(beside):
+            product(a, b, outs[2], config, hopper)
+        torch.cuda.current_stream().wait_stream(beside)
+        assert all(torch.equal(out, first) for out in outs)
