@@ -134,7 +134,7 @@ class LinearOptions(NamedTuple):
     With a `norm_weight` the input is normalised by its root mean square, with `norm_centered` by
     mean and deviation (LayerNorm), of which weight and `norm_bias` may be absent. With
     `weights_ready` weights and norm may be read while the kernel launched last still runs: only a
-    caller that knows the order of kernels may say so (see the pass `mark_ready_weights`).
+    caller that knows the order of kernels may say so (see the pass `mark_ready_inputs`).
     """
 
     norm_weight: Tensor | None = None

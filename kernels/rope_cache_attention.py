@@ -7,6 +7,8 @@ makes a program's own write visible to its own reads, through which it sees the 
 another of the group's row blocks writes the same values again. No program reads a slot that it does
 not write itself, so no other order is needed.
 
+A short cache on Hopper has a kernel of its own, `short_cache_attention`.
+
 Where no counters are to be had (see `arrival`), the splits' parts are too many for one program to
 combine, or a barrier does not order the stores, `rope_cache` and `decode_attention` run one after
 the other.
@@ -50,6 +52,7 @@ from triton_only_backend.kernels.rope_cache import (
     rotation_of,
     write_slot,
 )
+from triton_only_backend.kernels.short_cache_configs import select_short_cache, takes
 from triton_only_backend.kernels.sizes import padded_head_dim
 from triton_only_backend.kernels.split_kv import (
     attend_split,
@@ -163,12 +166,17 @@ def attention_rope_cache(
     rope: str,
     is_causal: bool,
     scale: float | None,
+    caches_ready: bool = False,
     config: DecodeConfig | None = None,
 ) -> None:
     """Writes attention's output to `out` and the new key and value into the caches.
 
     Shapes are those of `triton_only.attention_rope_cache`, checked by the caller; `config` is
-    chosen here where there is none.
+    chosen here where there is none, and with it the kernel.
+
+    Args:
+        caches_ready: the kernel launched last did not write the caches, so that they may be read
+            before it ends; and the one launched next may start before this one has waited.
 
     Raises:
         DeviceError: tensors on a device that Triton cannot drive.
@@ -190,6 +198,16 @@ def attention_rope_cache(
             head_dim=head_dim, head_dim_v=head_dim_v, element_size=query.element_size(),
             is_causal=is_causal, has_mask=mask is not None,
         )  # fmt: skip
+        short = select_short_cache(problem, device)
+        if short is not None and takes(x, out, is_causal=is_causal):
+            # A Triton with another Gluon fails at the import.
+            from triton_only_backend.kernels.short_cache_attention import short_cache_attention
+
+            if short_cache_attention(
+                x, rotation, slots, mask, out,
+                scale=scale, config=short, caches_ready=caches_ready,
+            ):  # fmt: skip
+                return
         config = select_rope_cache_config(problem, device)
     with hardware.guard(query):
         splits = arrange_splits(query, num_kv_heads, len_kv, head_dim_v, config)

@@ -20,7 +20,7 @@ KINDS = ("half", "interleaved", "none")
 SCHEMAS = (
     "attention_rope_cache(Tensor query, Tensor key, Tensor value, Tensor? cos, Tensor? sin, "
     "Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor positions, Tensor? attn_mask=None, *, "
-    'str rope="half", bool is_causal=False, float? scale=None) -> Tensor',
+    'str rope="half", bool is_causal=False, float? scale=None, bool caches_ready=False) -> Tensor',
     "rope_cache(Tensor query, Tensor key, Tensor value, Tensor? cos, Tensor? sin, "
     'Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor positions, *, str rope="half") -> Tensor',
 )
@@ -162,12 +162,18 @@ def _empty_output(query: Tensor, like: Tensor) -> Tensor:
 
 
 def _attention_rope_cache(
-    *tensors: Any, rope: str = "half", is_causal: bool = False, scale: float | None = None
+    *tensors: Any,
+    rope: str = "half",
+    is_causal: bool = False,
+    scale: float | None = None,
+    caches_ready: bool = False,
 ) -> Tensor:
+    # caches_ready: they may be read while the kernel launched last still runs, which only a caller
+    # can say that knows the order of kernels (see the pass `mark_ready_inputs`).
     x = _checked("attention_rope_cache", tensors, rope)
     out = _empty_output(x.query, x.value)
     load("rope_cache_attention").attention_rope_cache(
-        x, out, rope=rope, is_causal=is_causal, scale=scale
+        x, out, rope=rope, is_causal=is_causal, scale=scale, caches_ready=caches_ready
     )
     return out
 

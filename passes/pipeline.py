@@ -31,7 +31,7 @@ from triton_only_backend.passes.fuse_epilogue import fuse_epilogue
 from triton_only_backend.passes.fuse_norm import fuse_norm
 from triton_only_backend.passes.fuse_rope_cache import fuse_rope_cache
 from triton_only_backend.passes.keep_last_position import keep_last_position
-from triton_only_backend.passes.mark_ready_weights import mark_ready_weights
+from triton_only_backend.passes.mark_ready_inputs import mark_ready_inputs
 from triton_only_backend.passes.merge_counters import merge_counters
 from triton_only_backend.passes.merge_linears import merge_linears
 from triton_only_backend.passes.refusal import DECLINED_KEY, META_KEY
@@ -90,7 +90,7 @@ PIPELINE: tuple[Pass, ...] = (
     Pass("share_mask_spans", "aten", share_mask_spans),
     Pass("merge_counters", "aten", merge_counters),
     Pass("split_argmax", "aten", split_argmax),
-    Pass("mark_ready_weights", "aten", mark_ready_weights),
+    Pass("mark_ready_inputs", "aten", mark_ready_inputs),
     Pass("rewrite_matmul", "sweep", rewrite_matmul),
 )
 NAMES = tuple(dict.fromkeys(p.name for p in PIPELINE))

@@ -5,7 +5,7 @@
 Two layers of each, a decode step with a static cache and a prefill (an encoder's forward for BERT),
 batch 2, fp32. The graphs are taken to where Inductor would begin; nothing is generated. The passes
 that rewrite single operations (`rewrite_…`) fire once an operation, and have no column, nor has
-`mark_ready_weights`, which is for a GPU's graphs.
+`mark_ready_inputs`, which is for a GPU's graphs.
 """
 
 from __future__ import annotations

@@ -460,6 +460,34 @@ def rope_cache_apart() -> None:
 
 
 @problem
+def short_cache_attention() -> None:
+    """One split and several, of one tile and of more than are in flight; read ahead or not."""
+    from triton_only_backend.kernels.rope_cache import rotation_of
+    from triton_only_backend.kernels.rope_cache_ops import Inputs
+    from triton_only_backend.kernels.short_cache_configs import CONFIGS
+
+    if not HAS_GLUON:
+        return
+    from triton_only_backend.kernels.short_cache_attention import short_cache_attention
+
+    for config, length, form in itertools.product(CONFIGS, (13, 41, 701), (0, 1, 2)):
+        dim = 64 if form == 2 else 128
+        q, k, v = randn(2, 6, 1, dim), randn(2, 2, 1, dim), randn(2, 2, 1, dim)
+        caches = [randn(2, 2, length, dim) for _ in range(2)]
+        slots = torch.tensor([length - 3, -1], device=DEVICE)
+        rope, width = (("half", dim), ("interleaved", 16), ("none", 0))[form]
+        angles = [None] * 2 if rope == "none" else [randn(1, 1, width, dtype=FULL)] * 2
+        mask = None
+        if form > 0:  # for each head, and for all of them
+            mask = torch.rand(2, 6 if form == 1 else 1, 1, length, device=DEVICE) > 0.2
+            mask = mask.expand(2, 6, 1, length)
+        short_cache_attention(
+            Inputs(q, k, v, *angles, *caches, slots), rotation_of(rope, *angles, q), slots, mask,
+            randn(2, 6, 1, dim), scale=0.1, config=config, caches_ready=form != 1,
+        )  # fmt: skip
+
+
+@problem
 def experts() -> None:
     """Groups of no, few and many rows, forward and backward; rows that belong to none."""
     for dtype in (HALF, FULL):

@@ -122,6 +122,7 @@ def way(request, monkeypatch):
     splits = 1 if request.param == "one split" else 3
     config = DecodeConfig(16, splits, 4, 1, 16, 4)
     monkeypatch.setattr(rope_cache_attention, "select_rope_cache_config", lambda *_: config)
+    monkeypatch.setattr(rope_cache_attention, "select_short_cache", lambda *_: None)
     launched = []
 
     def count(module, name):

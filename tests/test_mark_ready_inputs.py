@@ -1,6 +1,8 @@
-"""Weights that a layer may read early: which of a graph's layers the pass marks."""
+"""What may be read early: which of a graph's layers and attentions the pass marks."""
 
 from __future__ import annotations
+
+import operator
 
 import pytest
 import torch
@@ -9,7 +11,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import triton_only_backend  # noqa: F401
 from triton_only_backend.kernels.limits import RING_MAX_ROWS
-from triton_only_backend.passes.mark_ready_weights import mark_ready_weights
+from triton_only_backend.passes.mark_ready_inputs import (
+    ATTENTION,
+    FUNCTIONAL,
+    mark_ready_inputs,
+)
 
 ours = torch.ops.triton_only
 BF16 = torch.bfloat16
@@ -29,7 +35,7 @@ def trace(function, *args, device="cuda"):
 
 def marks(function, *args, device="cuda"):
     gm = trace(function, *args, device=device)
-    count = mark_ready_weights(gm.graph)
+    count = mark_ready_inputs(gm.graph)
     layers = gm.graph.find_nodes(op="call_function", target=ours.linear_fused.default)
     found = [layer.kwargs.get("weights_ready", False) for layer in layers]
     assert count == sum(found)
@@ -111,12 +117,50 @@ def test_on_a_device_without_such_a_kernel():
 
 def test_twice_is_once():
     gm = trace(lambda x, w: layer(x.sin(), w), tensor(2, 64), tensor(64, 64))
-    assert mark_ready_weights(gm.graph) == 1
+    assert mark_ready_inputs(gm.graph) == 1
     text = str(gm.graph)
-    mark_ready_weights(gm.graph)
+    mark_ready_inputs(gm.graph)
     assert str(gm.graph) == text
 
 
 def test_the_result_is_the_same(device):
     x, w = torch.randn(2, 64).to(device, BF16), torch.randn(64, 64).to(device, BF16)
     assert torch.equal(layer(x, w, weights_ready=True), layer(x, w))
+
+
+def decoding(*, computed=True, read_again=False, cache="placeholder", written_back=True):
+    """A decoding step's attention as `fuse_rope_cache` leaves it, and whether it is marked."""
+    graph = torch.fx.Graph()
+    with FakeTensorMode():
+        query = torch.empty(2, 8, 1, 64, dtype=BF16, device="cuda")
+    x, keys, values = (graph.placeholder(name) for name in ("x", "keys", "values"))
+    if cache != "placeholder":
+        keys = graph.call_function(torch.ops.aten.clone.default, (keys,))
+    q = graph.call_function(torch.ops.aten.sin.default, (x,)) if computed else x
+    q.meta["val"] = query
+    node = graph.call_function(
+        FUNCTIONAL, (ATTENTION,), {"query": q, "_all_bases": [keys, values], "rope": "half"}
+    )
+    outs = [graph.call_function(operator.getitem, (node, i)) for i in range(3)]
+    for base, new in zip((keys, values), outs[1:], strict=True):
+        if written_back:
+            graph.call_function(torch.ops.aten.copy_.default, (base, new))
+    if read_again:
+        outs.append(graph.call_function(torch.ops.aten.sum.default, (keys,)))
+    graph.output((outs[0], *outs[3:]))
+    count = mark_ready_inputs(graph)
+    assert count == int(node.kwargs.get("caches_ready", False))
+    return bool(count)
+
+
+def test_caches_that_only_the_attention_writes():
+    assert decoding()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"computed": False}, {"read_again": True}, {"cache": "computed"}, {"written_back": False}],
+    ids=str,
+)
+def test_caches_that_are_not_its_own(changes):
+    assert not decoding(**changes)
