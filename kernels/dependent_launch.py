@@ -13,6 +13,11 @@ Llama-3-8B on an H200 took 4.52 ms so, 4.19 without dependent launch, and 4.12 r
 main loop. Bringing weights to the L2 cache before the wait made it slower again (4.15), also those
 of the output projection while attention, which reads little, runs (0.03 to 0.14 ms a step more).
 
+Release early where the next kernel has one program a multiprocessor, which starts where there is
+room: `ring_linear` does, and reads weights before it waits; `short_cache_attention` releases before
+it has waited itself, if its caller vouches for what the next kernel reads early (see the pass
+`mark_ready_inputs`). A step takes 3.61 ms so.
+
 Hopper and later (PTX `griddepcontrol`); elsewhere both calls compile to nothing.
 """
 

@@ -238,7 +238,7 @@ class RingConfig:
     """How few rows are multiplied with weights that stream through a ring.
 
     Attributes:
-        fold: runs of K that lie above one another as the 64 rows of wgmma's A: a tile is
+        fold: runs of K that lie above one another as the 64 rows of wgmma's A, 2 or 4: a tile is
             64 / fold rows of a weight.
         stages: of the ring, 16 kB of weights each.
         resident: programs a multiprocessor.

@@ -195,15 +195,12 @@ def normalise(
 def collect(acc, buffer, FOLD: gl.constexpr, ROWS: gl.constexpr, layout: gl.constexpr):
     """The sum of a product's blocks on the diagonal: (64, FOLD · ROWS) to (64 / FOLD, ROWS)."""
     TILE: gl.constexpr = 64 // FOLD
-    if FOLD == 1:
-        total = gl.convert_layout(acc, layout)
-    else:
-        plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-        buffer.store(acc)
-        runs = seen_as(buffer, gl.float32, [FOLD, TILE, FOLD * ROWS], plain)
-        total = runs.index(0).slice(0, ROWS, dim=1).load(layout)
-        for j in gl.static_range(1, FOLD):
-            total += runs.index(j).slice(j * ROWS, ROWS, dim=1).load(layout)
+    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    buffer.store(acc)
+    runs = seen_as(buffer, gl.float32, [FOLD, TILE, FOLD * ROWS], plain)
+    total = runs.index(0).slice(0, ROWS, dim=1).load(layout)
+    for j in gl.static_range(1, FOLD):
+        total += runs.index(j).slice(j * ROWS, ROWS, dim=1).load(layout)
     return total
 
 
