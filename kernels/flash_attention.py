@@ -271,15 +271,21 @@ def tma_can_load(tensor: torch.Tensor) -> bool:
     )
 
 
-def tma_descriptor(tensor: torch.Tensor, block_rows: int, block_columns: int) -> TensorDescriptor:
-    """A descriptor of (B, H, L, D) that loads tiles of `block_rows` x `block_columns`."""
+def tma_strides(tensor: torch.Tensor) -> list[int]:
+    """The strides of a layout that `tma_can_load`, rounded up where a size is 1."""
     alignment = 16 // tensor.element_size()
     strides = [
         step if size > 1 else triton.cdiv(step, alignment) * alignment
         for size, step in zip(tensor.shape, tensor.stride(), strict=True)
     ]
     strides[-1] = 1
-    return TensorDescriptor(tensor, list(tensor.shape), strides, [1, 1, block_rows, block_columns])
+    return strides
+
+
+def tma_descriptor(tensor: torch.Tensor, block_rows: int, block_columns: int) -> TensorDescriptor:
+    """A descriptor of (B, H, L, D) that loads tiles of `block_rows` x `block_columns`."""
+    block = [1, 1, block_rows, block_columns]
+    return TensorDescriptor(tensor, list(tensor.shape), tma_strides(tensor), block)
 
 
 def flash_attention(

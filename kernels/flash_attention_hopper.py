@@ -44,7 +44,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from triton_only_backend.kernels import hopper_attention_configs as configs
-from triton_only_backend.kernels.flash_attention import tma_can_load
+from triton_only_backend.kernels.flash_attention import tma_can_load, tma_strides
 from triton_only_backend.kernels.hopper_attention_configs import HopperFlashForm
 from triton_only_backend.kernels.hopper_attention_pipeline import (
     BLOCK_N,
@@ -138,15 +138,9 @@ def flash_attention_hopper_kernel(
 
 def _descriptor(tensor: torch.Tensor, block_rows: int) -> TensorDescriptor:
     """A descriptor of (B, H, L, D) that loads tiles of `block_rows` whole rows."""
-    alignment = 16 // tensor.element_size()
-    strides = [
-        step if size > 1 else triton.cdiv(step, alignment) * alignment
-        for size, step in zip(tensor.shape, tensor.stride(), strict=True)
-    ]
-    strides[-1] = 1
     block = [1, 1, block_rows, tensor.shape[3]]
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
-    return TensorDescriptor(tensor, list(tensor.shape), strides, block, layout)
+    return TensorDescriptor(tensor, list(tensor.shape), tma_strides(tensor), block, layout)
 
 
 def _has_aligned_rows(mask: torch.Tensor) -> bool:

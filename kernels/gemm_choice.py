@@ -213,6 +213,7 @@ def _warp_specialised(
         yield math.hypot(compute, read), config
 
 
+@functools.lru_cache(maxsize=4096)
 def hopper_choice(
     problem: GemmProblem, hardware: Hardware, *, may_split: bool = True
 ) -> tuple[float, GemmConfig]:

@@ -183,6 +183,7 @@ class Shares(NamedTuple):
     divided: bool
 
 
+@functools.lru_cache(maxsize=4096)
 def shares(M: int, N: int, K: int, config: GemmConfig, num_sms: int) -> Shares:
     """What `gemm_hopper` gives to whom.
 

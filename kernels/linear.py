@@ -5,9 +5,8 @@
     gated: out = epilogue(activation(x @ weight_0ᵀ + bias_0) · (x @ weight_1ᵀ + bias_1))
 
 One or two rows: everything in one launch, and so up to 64 on Hopper where that fills the GPU; up to
-8 there by a kernel of their own. Else
-the norm, then a product a weight, or one kernel for two that are alike or of which one gates the
-other, with the epilogue in the product's kernel.
+8 there by a kernel of their own. Else the norm, then a product a weight, or one kernel for two that
+are alike or of which one gates the other, with the epilogue in the product's kernel.
 """
 
 from __future__ import annotations
@@ -136,6 +135,21 @@ def _are_plain(biases: Sequence[torch.Tensor] | None, norm: Norm | None) -> bool
     return all(t.stride(0) == 1 for t in (*(biases or ()), *(norm.tensors if norm else ())))
 
 
+def _fit_one_launch(
+    a: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor] | None,
+    norm: Norm | None,
+) -> bool:
+    """Whether the tensor cores' kernels of few rows read these operands, all in one launch."""
+    return (
+        len(weights) <= MAX_OUTPUTS
+        and all(w.numel() > 0 for w in weights)
+        and _is_k_major(a, *weights)
+        and _are_plain(biases, norm)
+    )
+
+
 def _skinny(
     a: torch.Tensor,
     weights: Sequence[torch.Tensor],
@@ -147,11 +161,8 @@ def _skinny(
     M = a.shape[0]
     if (
         GEMV_MAX_ROWS < M <= SKINNY_MAX_ROWS
-        and len(weights) <= MAX_OUTPUTS
         and (a.dtype == torch.bfloat16 or (a.dtype == torch.float16 and norm is None))
-        and all(w.numel() > 0 for w in weights)
-        and _is_k_major(a, *weights)
-        and _are_plain(biases, norm)
+        and _fit_one_launch(a, weights, biases, norm)
     ):
         columns = sum(w.shape[0] for w in (weights[:1] if gated else weights))
         device = hardware.of(a.device)
@@ -172,11 +183,8 @@ def _ring(
     if (
         0 < a.shape[0] <= RING_MAX_ROWS
         and a.element_size() == 2
-        and len(weights) <= MAX_OUTPUTS
         and not (norm is not None and norm.centered)
-        and all(w.numel() > 0 for w in weights)
-        and _is_k_major(a, *weights)
-        and _are_plain(biases, norm)
+        and _fit_one_launch(a, weights, biases, norm)
     ):
         columns = tuple(w.shape[0] for w in (weights[:1] if gated else weights))
         device = hardware.of(a.device)

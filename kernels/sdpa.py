@@ -39,7 +39,6 @@ from triton_only_backend.kernels.hopper_attention_configs import (
     select_hopper_flash,
     takes,
 )
-from triton_only_backend.kernels.loading import load
 from triton_only_backend.kernels.matmul import precision_of
 
 Tensor = torch.Tensor
@@ -114,7 +113,10 @@ def forward(
         if uses_decode_kernel(problem):
             decode_attention(*tensors, config=select_decode_config(problem, device), **arguments)
         elif (hopper := _hopper_config(x, options, problem, device)) is not None:
-            load("flash_attention_hopper").flash_attention_hopper(
+            # Here, for a Triton whose Gluon has other names must not fail before it is asked for.
+            from triton_only_backend.kernels.flash_attention_hopper import flash_attention_hopper
+
+            flash_attention_hopper(
                 *tensors, is_causal=options.is_causal, scale=options.scale_of(query),
                 config=hopper, num_sms=device.num_sms, spans=spans,
             )  # fmt: skip

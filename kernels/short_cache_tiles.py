@@ -11,13 +11,13 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
+from triton_only_backend.kernels.sizes import next_power_of_2
+
 # Triton 3.9 renamed it.
 copy_to_shared = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 
 
-@gluon.constexpr_function
-def power_of_2(n):
-    return 1 << max(n - 1, 0).bit_length()
+power_of_2 = gluon.constexpr_function(next_power_of_2)
 
 
 @gluon.jit

@@ -10,6 +10,7 @@ import collections
 import itertools
 import json
 import math
+import sys
 import types
 from dataclasses import replace
 
@@ -150,7 +151,7 @@ def test_what_it_is_launched_with(masked, monkeypatch):
         flash_attention_hopper=lambda *tensors, **options: calls.append((tensors, options))
     )
     monkeypatch.setattr(hardware, "of", lambda device: replace(H200, num_sms=3))
-    monkeypatch.setattr(sdpa, "load", {"flash_attention_hopper": stand_in}.__getitem__)
+    monkeypatch.setitem(sys.modules, f"{sdpa.__package__}.flash_attention_hopper", stand_in)
     given = inputs(mask=torch.bool if masked else None, layout="blhd")
     spans = torch.zeros(7, 1, 2, dtype=torch.int32) if masked else None
     output, lse = sdpa.forward(
