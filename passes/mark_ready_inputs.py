@@ -42,7 +42,7 @@ COPY = torch.ops.aten.copy_.default
 
 
 def mark_ready_inputs(graph: torch.fx.Graph) -> int:
-    """Marks every layer and attention of which that holds; returns how many."""
+    """Marks every layer and attention of which that holds; returns how many it has marked now."""
     written = _written_inputs(graph)
     count = 0
     for node in graph.find_nodes(op="call_function", target=LINEAR):
@@ -53,13 +53,18 @@ def mark_ready_inputs(graph: torch.fx.Graph) -> int:
         few = value(given["input"]).shape[0]
         few = isinstance(few, int) and few <= RING_MAX_ROWS
         if settled and few and _is_computed(given["input"]):
-            node.kwargs = {**node.kwargs, "weights_ready": True}
-            count += 1
+            count += _mark(node, "weights_ready")
     for node in graph.find_nodes(op="call_function", target=FUNCTIONAL):
         if node.args[0] is ATTENTION and _owns_caches(node) and _is_computed(node.kwargs["query"]):
-            node.kwargs = {**node.kwargs, "caches_ready": True}
-            count += 1
+            count += _mark(node, "caches_ready")
     return count
+
+
+def _mark(node: Node, name: str) -> bool:
+    """Sets an argument to True; whether it was not before."""
+    marked = node.kwargs.get(name, False)
+    node.kwargs = {**node.kwargs, name: True}
+    return not marked
 
 
 def _is_computed(x: Node) -> bool:

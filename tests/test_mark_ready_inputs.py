@@ -39,6 +39,7 @@ def marks(function, *args, device="cuda"):
     layers = gm.graph.find_nodes(op="call_function", target=ours.linear_fused.default)
     found = [layer.kwargs.get("weights_ready", False) for layer in layers]
     assert count == sum(found)
+    assert mark_ready_inputs(gm.graph) == 0, "what is marked already counts again"
     return found
 
 

@@ -30,6 +30,7 @@ PASSES = (
     "fuse_rope_cache",
     "merge_counters",
     "split_argmax",
+    "mark_ready_inputs",
 )
 
 

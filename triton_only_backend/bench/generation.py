@@ -8,6 +8,7 @@ one for the decode step; the first call of each counts as compilation.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import statistics
 import time
@@ -76,10 +77,11 @@ def measure_provider(
         trial = Trial(model, provider, plan)
     row: dict[str, Any] = {"provider": provider.name}
 
-    begin = time.perf_counter()
-    for _ in trial.decode(1):
-        synchronize(trial.device)
-    first_seconds = time.perf_counter() - begin
+    with exclusive(device) if provider.tunes else contextlib.nullcontext():
+        begin = time.perf_counter()
+        for _ in trial.decode(1):
+            synchronize(trial.device)
+        first_seconds = time.perf_counter() - begin
     row["compile_seconds"] = first_seconds if provider.is_compiled else None
     with exclusive(device):
         for _ in range(plan.warmup):

@@ -40,6 +40,7 @@ class Provider:
         mode: Inductor's mode, or None for an uncompiled function.
         options: Inductor's options in place of a mode.
         own: options of this backend, beside the mode's.
+        tunes: whether it measures kernels while it compiles.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Provider:
     mode: str | None = None
     options: Callable[[], Mapping[str, Any]] | None = None
     own: Mapping[str, Any] = field(default_factory=dict)
+    tunes: bool = False
 
     @property
     def is_compiled(self) -> bool:
@@ -92,11 +94,13 @@ PROVIDERS = {
             "max-autotune",
             "torch.compile, products by the faster of cuBLAS and its templates, CUDA graphs",
             mode="max-autotune",
+            tunes=True,
         ),
         Provider(
             "inductor-triton",
             "torch.compile, products by its Triton templates, CUDA graphs",
             options=_inductor_triton_options,
+            tunes=True,
         ),
         Provider(
             "triton_only",
