@@ -100,6 +100,9 @@ def bench_model(
         str,
         typer.Option(help="llama3-8b, granite-8b-code, plain-llama3-8b, llama-tiny or plain-tiny."),
     ] = "llama3-8b",
+    layers: Annotated[
+        int | None, typer.Option(min=1, help="Layers of it to build; all if not given.")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
     batch: Annotated[int, typer.Option(min=1, help="Sequences.")] = 2,
     prompt: Annotated[int, typer.Option(min=1, help="Tokens in each.")] = 512,
@@ -130,6 +133,7 @@ def bench_model(
         new_tokens=new_tokens,
         providers=tuple(_choice("--providers", name, PROVIDERS) for name in names),
         logits_error=logits_error,
+        layers=layers,
     )
     plan = plan.for_interpreter() if generation.is_interpreted() else plan
     raise typer.Exit(generation.run(plan, console(), json_path, _command_line()))
@@ -159,9 +163,10 @@ def bench_passes(
         new_tokens=new_tokens,
         providers=("triton_only",),
         logits_error=False,
+        layers=layers,
     )
     plan = plan.for_interpreter() if generation.is_interpreted() else plan
-    raise typer.Exit(ablation.run(plan, layers, console(), json_path, plot, _command_line()))
+    raise typer.Exit(ablation.run(plan, console(), json_path, plot, _command_line()))
 
 
 @app.command("chart")

@@ -44,7 +44,6 @@ def disabled_sets() -> list[tuple[str, tuple[str, ...]]]:
 
 def run(
     plan: Plan,
-    layers: int,
     console: Console,
     json_path: Path | None,
     plot: Path | None,
@@ -53,8 +52,7 @@ def run(
     """Measures a step for every set of passes; prints, records and draws it.
 
     Args:
-        plan: the model, dtype, batch and lengths.
-        layers: layers of the model to build: every layer takes the same time.
+        plan: the model, its layers, dtype, batch and lengths.
 
     Raises:
         BenchmarkError: the plan cannot be carried out here.
@@ -62,11 +60,11 @@ def run(
     if plot is not None:
         require_drawable(plot)
     device = generation.device_for(plan)
-    shape = replace(models.MODELS[plan.model], layers=layers)
+    layers = plan.shape.layers
     dtype = models.DTYPES[plan.dtype]
-    model = models.build(shape, dtype, device, plan.batch, plan.cache_length)
+    model = models.build(plan.shape, dtype, device, plan.batch, plan.cache_length)
     record = Record(environment.collect(), command)
-    record.summary["plan"] = {**vars(plan), "layers": layers}
+    record.summary["plan"] = dict(vars(plan))
     begin = time.perf_counter()
     for label, disabled in disabled_sets():
         provider = replace(

@@ -182,7 +182,7 @@ def _profiled(what: str, report: KernelReport) -> dict[str, Any]:
 
 def floors(model: torch.nn.Module, plan: Plan, limits: Ceilings) -> dict[str, Any]:
     """The least time of a token and of a prefill, in milliseconds, and what bounds them."""
-    shape = models.MODELS[plan.model]
+    shape = plan.shape
     length = plan.prompt + plan.new_tokens // 2
     step_bytes = models.step_floor_bytes(model, shape, plan.batch, length)
     flops = models.prefill_floor_flops(model, shape, plan.batch, plan.prompt)
@@ -234,7 +234,7 @@ def run(plan: Plan, console: Console, json_path: Path | None, command: str) -> i
         BenchmarkError: the plan cannot be carried out here.
     """
     device = device_for(plan)
-    shape = models.MODELS[plan.model]
+    shape = plan.shape
     if plan.cache_length > shape.max_length:
         raise BenchmarkError(
             f"triton_only: a cache of {plan.cache_length} tokens is longer than the "
@@ -250,8 +250,8 @@ def run(plan: Plan, console: Console, json_path: Path | None, command: str) -> i
     dtype = models.DTYPES[plan.dtype]
     model = models.build(shape, dtype, device, plan.batch, plan.cache_length)
     log(
-        f"{plan.model}, {plan.dtype}, batch {plan.batch}, {plan.prompt} tokens in, "
-        f"{plan.new_tokens} out, cache of {plan.cache_length}"
+        f"{plan.model}, {shape.layers} layers, {plan.dtype}, batch {plan.batch}, "
+        f"{plan.prompt} tokens in, {plan.new_tokens} out, cache of {plan.cache_length}"
     )
     record = Record(environment.collect(), command)
     record.summary["plan"] = dict(vars(plan))

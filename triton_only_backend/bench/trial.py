@@ -37,6 +37,7 @@ class Plan:
         new_tokens: tokens to generate for each, the first of which the prefill gives.
         providers: keys of `providers.PROVIDERS`.
         logits_error: whether to compare logits with those of an fp32 model.
+        layers: layers of the model to build, None for all: each takes the same time.
         prefills: timed prefills.
         warmup: prefills and steps after the first, untimed: CUDA graphs need two to be recorded.
         eager_tokens: upper bound of `new_tokens` for a provider that does not compile.
@@ -49,9 +50,16 @@ class Plan:
     new_tokens: int
     providers: tuple[str, ...]
     logits_error: bool
+    layers: int | None = None
     prefills: int = 7
     warmup: int = 3
     eager_tokens: int = 64
+
+    @property
+    def shape(self) -> models.ModelShape:
+        """The model's sizes, with the layers that are built."""
+        shape = models.MODELS[self.model]
+        return shape if self.layers is None else replace(shape, layers=self.layers)
 
     def for_interpreter(self) -> Plan:
         """The same with as little repetition as can be: the interpreter takes a second a step."""
@@ -100,7 +108,7 @@ def make_tokens(plan: Plan, device: torch.device) -> torch.Tensor:
     """The prompt and the tokens on which logits are compared: (B, prompt + COMPARED_STEPS)."""
     generator = torch.Generator().manual_seed(1)
     size = (plan.batch, plan.prompt + COMPARED_STEPS)
-    vocabulary = models.MODELS[plan.model].vocabulary
+    vocabulary = plan.shape.vocabulary
     return torch.randint(0, vocabulary, size, generator=generator).to(device)
 
 
