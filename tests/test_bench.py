@@ -478,3 +478,13 @@ def test_the_plain_model_is_a_llama() -> None:
         for i in range(6, 9):
             step = model.logits(tokens[:, i : i + 1], torch.tensor([i]))
             torch.testing.assert_close(step, whole[:, i], rtol=1e-4, atol=1e-5)
+
+
+def test_fewer_layers():
+    """Built, counted in the floors, and kept in the record."""
+    plan = dataclasses.replace(PLAN, layers=1, providers=("eager",))
+    whole = models.MODELS[plan.model]
+    assert plan.shape == dataclasses.replace(whole, layers=1)
+    assert PLAN.shape == whole
+    model = models.build(plan.shape, torch.bfloat16, torch.device("cpu"), 2, 16)
+    assert sum(name.endswith("q_proj.weight") for name, _ in model.named_parameters()) == 1
