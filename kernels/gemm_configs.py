@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from triton_only_backend.kernels.ring_configs import RingConfig, ring_fits
 from triton_only_backend.kernels.sizes import next_power_of_2
 
 if TYPE_CHECKING:
@@ -65,7 +66,8 @@ class GemmConfig:
     Attributes:
         kernel: "gemm" (tiles on the tensor cores), "gemm_tma" (the same on tensor descriptors,
             persistent), "gemm_hopper" (the same with warps that only copy; num_warps counts those
-            that multiply) or "gemv" (multiply and reduce, M ≤ 2).
+            that multiply), "ring_linear" (few rows, the weight through a ring; see `ring_of`) or
+            "gemv" (multiply and reduce, M ≤ 2).
         swap_operands: compute outᵀ = bᵀ @ aᵀ; block_m and block_n then refer to outᵀ.
         reduce_block: elements a program of the split-K reduction sums.
         resident: blocks of the persistent kernel that share a multiprocessor.
@@ -77,7 +79,7 @@ class GemmConfig:
         stream_k: `gemm_hopper` divides the tiles that would leave a wave half empty.
     """
 
-    kernel: Literal["gemm", "gemm_tma", "gemm_hopper", "gemv"]
+    kernel: Literal["gemm", "gemm_tma", "gemm_hopper", "ring_linear", "gemv"]
     block_m: int
     block_n: int
     block_k: int
@@ -118,6 +120,14 @@ def supports(problem: GemmProblem, config: GemmConfig, hardware: Hardware) -> bo
     seen = problem.transposed if config.swap_operands else problem
     if config.kernel == "gemv":
         return seen.M <= GEMV_MAX_ROWS
+    if config.kernel == "ring_linear":
+        return (
+            streams_through_ring(problem)
+            and hardware.has_gluon
+            and not config.swap_operands
+            and config.block_n in (16, 32)
+            and ring_fits(problem.M, problem.K, ring_of(config), hardware)
+        )
     stage = (config.block_m + config.block_n) * config.block_k * problem.element_size
     # On AMD the newest stage is in registers.
     held = config.num_stages - (hardware.backend == "hip")
@@ -131,6 +141,23 @@ def supports(problem: GemmProblem, config: GemmConfig, hardware: Hardware) -> bo
         fits = config.num_stages <= slots and config.block_k == 64 and config.split_k == 1
         return plain and fits and not config.swap_operands and hardware.has_gluon
     return config.kernel == "gemm"
+
+
+def streams_through_ring(problem: GemmProblem) -> bool:
+    """Whether the operands lie as `ring_linear` reads them."""
+    plain = problem.aligned and problem.element_size == 2 and problem.batch == 1
+    return plain and problem.a_k_contiguous and problem.b_k_contiguous
+
+
+def with_ring(M: int, ring: RingConfig) -> GemmConfig:
+    """A product of up to M rows through the ring: a tile has 64 / fold columns of the output."""
+    tile = (ring.rows(M), 64 // ring.fold, 128 * ring.fold)
+    return GemmConfig("ring_linear", *tile, 1, 1, 4, ring.stages, resident=ring.resident)
+
+
+def ring_of(config: GemmConfig) -> RingConfig:
+    """What `with_ring` was given."""
+    return RingConfig(64 // config.block_n, config.num_stages, config.resident)
 
 
 @dataclass(frozen=True)

@@ -25,17 +25,16 @@ from triton_only_backend.kernels.gemm_tma import has_aligned_rows
 from triton_only_backend.kernels.layer_norm import layer_norm
 from triton_only_backend.kernels.limits import RING_MAX_ROWS
 from triton_only_backend.kernels.linear_configs import (
-    RingConfig,
     SkinnyConfig,
     select_gated,
     select_linear_gemv,
     select_pair,
-    select_ring,
     select_skinny,
 )
 from triton_only_backend.kernels.linear_gemv import linear_gemv
 from triton_only_backend.kernels.matmul import epilogue_traits, is_aligned, matmul
 from triton_only_backend.kernels.pair_gemm import is_pair, pair_gemm
+from triton_only_backend.kernels.ring_configs import RingConfig, select_ring
 from triton_only_backend.kernels.rms_norm import Norm, rms_norm
 from triton_only_backend.kernels.sizes import next_power_of_2
 from triton_only_backend.kernels.skinny_linear import skinny_linear

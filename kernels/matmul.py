@@ -10,12 +10,18 @@ from triton_only_backend.errors import UnsupportedProblemError
 from triton_only_backend.kernels import hardware
 from triton_only_backend.kernels.epilogue import NO_EPILOGUE, Epilogue
 from triton_only_backend.kernels.gemm import gemm
-from triton_only_backend.kernels.gemm_choice import heuristic_config, hopper_choice, select_config
+from triton_only_backend.kernels.gemm_choice import (
+    general_config,
+    heuristic_config,
+    hopper_choice,
+    select_config,
+)
 from triton_only_backend.kernels.gemm_configs import (
     EpilogueTraits,
     GemmConfig,
     GemmProblem,
     bucket,
+    ring_of,
     with_registers,
     with_staging,
 )
@@ -140,6 +146,20 @@ def matmul(
             )  # fmt: skip
 
 
+def is_linear(bias: torch.Tensor | None, out: torch.Tensor, alpha: float, beta: float) -> bool:
+    """Whether a product is what `ring_linear` computes: of weight, vector for bias, whole output.
+
+    Args:
+        bias: (1, M, N) or None.
+        out: (1, M, N).
+    """
+    if bias is not None:
+        one_row = bias.stride(1) == 0 or bias.shape[1] == 1
+        if beta != 1 or not one_row or bias.stride(2) != 1:
+            return False
+    return alpha == 1 and out.is_contiguous()
+
+
 def launch(
     a: torch.Tensor,
     b: torch.Tensor,
@@ -153,6 +173,17 @@ def launch(
 ) -> None:
     """The kernel that `config` names, on operands as `matmul` takes them, the bias expanded."""
     device = hardware.of(out.device)
+    if config.kernel == "ring_linear":
+        if is_linear(bias, out, alpha, beta):
+            # Gluon is there only with Triton for Hopper.
+            from triton_only_backend.kernels.ring_linear import ring_linear
+
+            ring_linear(
+                a[0], [b[0].T], None if bias is None else [bias[0, 0]], [out[0]],
+                config=ring_of(config), epilogue=epilogue,
+            )  # fmt: skip
+            return
+        config = general_config(problem, device)
     if config.kernel == "gemm_hopper":
         row_bias = None if bias is None else bias[0]
         fitting = with_registers(config, epilogue_traits(out[0], row_bias, epilogue))

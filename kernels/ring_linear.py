@@ -62,7 +62,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from triton_only_backend.kernels.linear_configs import RingConfig
+    from triton_only_backend.kernels.ring_configs import RingConfig
     from triton_only_backend.kernels.rms_norm import Norm
 
 RUN = 64  # of K: 128 bytes, the swizzle of wgmma's operands

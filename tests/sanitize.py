@@ -231,7 +231,7 @@ def linear_gemv() -> None:
 @problem
 def ring_linear() -> None:
     from triton_only_backend.kernels.epilogue import Epilogue
-    from triton_only_backend.kernels.linear_configs import RingConfig
+    from triton_only_backend.kernels.ring_configs import RingConfig
     from triton_only_backend.kernels.rms_norm import Norm
 
     if not HAS_GLUON:

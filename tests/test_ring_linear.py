@@ -9,9 +9,12 @@ import torch
 import torch.nn.functional as F
 
 import triton_only_backend  # noqa: F401
+from triton_only_backend.kernels import tuned
+from triton_only_backend.kernels.gemm_choice import general_config, heuristic_config
+from triton_only_backend.kernels.gemm_configs import GemmProblem, ring_of, supports, with_ring
 from triton_only_backend.kernels.hardware import Hardware
 from triton_only_backend.kernels.limits import RING_MAX_ROWS
-from triton_only_backend.kernels.linear_configs import RingConfig, select_ring
+from triton_only_backend.kernels.ring_configs import RING_PRODUCT_ROWS, RingConfig, select_ring
 
 ours = torch.ops.triton_only
 H200 = Hardware("NVIDIA H200", "cuda", "sm90", 132, 232448)
@@ -65,6 +68,75 @@ def test_fits_the_shared_memory(K, gated, normed):
             used = config.stages * (16384 + 16) + x + sums + 1024
             assert config.resident * used <= H200.shared_memory
             assert config.stages >= 3
+
+
+def product(M: int, N: int, K: int, *, batch: int = 1, k_contiguous: bool = True) -> GemmProblem:
+    return GemmProblem(batch, M, N, K, 2, False, True, k_contiguous)
+
+
+@pytest.mark.parametrize("M", [1, 2, 4, 8])
+@pytest.mark.parametrize(("N", "K"), [(6144, 4096), (10240, 8192), (14336, 4096)])
+def test_plain_products_go_through_it(M, N, K):
+    config = heuristic_config(product(M, N, K), H200)
+    assert config.kernel == "ring_linear"
+    assert ring_of(config) == select_ring(M, (N,), K, False, False, H200)
+    assert supports(product(M, N, K), config, H200)
+    assert general_config(product(M, N, K), H200).kernel != "ring_linear"
+
+
+@pytest.mark.parametrize(
+    ("problem", "device"),
+    [
+        (product(4, 6144, 4096), A100),
+        (product(4, 6144, 4096, k_contiguous=False), H200),
+        (product(4, 6144, 4096, batch=2), H200),
+        (product(2 * RING_PRODUCT_ROWS, 6144, 4096), H200),
+        (product(4, 6144, 4096 + 64), H200),
+        (GemmProblem(1, 4, 6144, 4096, 4, False, True, True), H200),
+        (GemmProblem(1, 4, 6144, 4096, 2, False, True, True, aligned=False), H200),
+    ],
+    ids=str,
+)
+def test_products_that_it_does_not_compute(problem, device):
+    assert heuristic_config(problem, device).kernel != "ring_linear"
+    assert not supports(problem, with_ring(4, RingConfig(4, 5)), device)
+
+
+def test_what_a_product_must_be_beside():
+    from triton_only_backend.kernels.matmul import is_linear
+
+    out, bias = torch.empty(1, 4, 64), torch.empty(64)
+    rows = bias.expand(1, 4, 64)
+    assert is_linear(None, out, 1.0, 1.0)
+    assert is_linear(rows, out, 1.0, 1.0)
+    assert is_linear(torch.empty(1, 1, 64), torch.empty(1, 1, 64), 1.0, 1.0)
+    assert not is_linear(None, out, 0.5, 1.0)
+    assert not is_linear(rows, out, 1.0, 2.0)
+    assert not is_linear(torch.empty(1, 4, 64), out, 1.0, 1.0)
+    assert not is_linear(torch.empty(4, 1).expand(1, 4, 64), out, 1.0, 1.0)
+    assert not is_linear(None, torch.empty(1, 4, 128)[:, :, :64], 1.0, 1.0)
+
+
+@pytest.mark.gpu
+@on_hopper
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("M", [1, 3, 8, 13, 16])
+@pytest.mark.parametrize(("N", "K"), [(4096, 4096), (1000, 1024), (2117, 1536)])
+def test_products_against_fp64(M, N, K, dtype):
+    torch.manual_seed(M * K)
+    a, weight, bias = (torch.randn(s, device="cuda").to(dtype) for s in ((M, K), (N, K), (N,)))
+    for fold, resident in itertools.product((2, 4), (1, 2)):
+        config = with_ring(M, RingConfig(fold, 3, resident))
+        with tuned.forcing("gemm", config):
+            out = ours.addmm(bias, a, weight.T)
+            assert torch.equal(out, ours.addmm(bias, a, weight.T))
+            other = ours.addmm(bias, a, weight.T, alpha=0.5)  # not through the ring
+        for actual, alpha in ((out, 1.0), (other, 0.5)):
+            exact = alpha * (a.double() @ weight.T.double()) + bias.double()
+            vendor = torch.addmm(bias, a, weight.T, alpha=alpha)
+            error, theirs = ((t.double() - exact).norm().item() for t in (actual, vendor))
+            rounding = torch.finfo(dtype).eps / 2 * exact.norm().item()
+            assert error <= 1.5 * max(theirs, rounding)
 
 
 def reference(x, weights, biases, norm, gated, activation, multiplier, residual, dtype):

@@ -51,6 +51,7 @@ def compiled_as(job: Job, num_sms: int) -> Hashable:
         p.K % (c.block_k * c.split_k) == 0,
         *((size == 1, size % 16 == 0) for size in (p.M, p.N, p.K)),
         rows if c.kernel == "gemv" else None,
+        p.K if c.kernel == "ring_linear" else None,
     )  # fmt: skip
 
 

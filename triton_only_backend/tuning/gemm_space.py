@@ -22,7 +22,9 @@ from triton_only_backend.kernels.gemm_configs import (
     has_descriptors,
     shares,
     supports,
+    with_ring,
 )
+from triton_only_backend.kernels.ring_configs import RING_PRODUCT_ROWS, RingConfig, ring_fits
 from triton_only_backend.kernels.sizes import next_power_of_2
 
 if TYPE_CHECKING:
@@ -107,7 +109,9 @@ def space(problem: GemmProblem, hardware: Hardware) -> Iterator[GemmConfig]:
     swaps = (False, True) if min(problem.M, problem.N) <= 512 else (False,)
     for swap in swaps:
         seen = problem.transposed if swap else problem
-        for config in itertools.chain(_gemv(seen), _tiles(seen, hardware), _warp_specialised(seen)):
+        for config in itertools.chain(
+            _gemv(seen), _rings(seen, hardware), _tiles(seen, hardware), _warp_specialised(seen)
+        ):
             config = replace(config, swap_operands=swap)
             if supports(problem, config, hardware):
                 yield config
@@ -129,6 +133,18 @@ def _gemv(problem: GemmProblem) -> Iterator[GemmConfig]:
         for split_k in (1, 2, 4):
             if split_k == 1 or problem.K // (block_k * split_k) >= 2:
                 yield GemmConfig("gemv", 1, block_n, block_k, split_k, 1, warps, stages)
+
+
+def _rings(problem: GemmProblem, hardware: Hardware) -> Iterator[GemmConfig]:
+    """Every fold, with the deepest rings of one and of two programs a multiprocessor."""
+    if problem.M > RING_PRODUCT_ROWS:
+        return
+    for fold, resident in itertools.product((2, 4), (1, 2)):
+        for stages in range(12, 2, -1):
+            ring = RingConfig(fold, stages, resident)
+            if ring_fits(problem.M, problem.K, ring, hardware):
+                yield with_ring(problem.M, ring)
+                break
 
 
 def _tiles(problem: GemmProblem, hardware: Hardware) -> Iterator[GemmConfig]:
@@ -224,6 +240,9 @@ def cost_us(problem: GemmProblem, config: GemmConfig, hardware: Hardware) -> flo
         blocks = problem.batch * math.ceil(seen.N / config.block_n) * config.split_k
         idle = max(1.0, hardware.num_sms / blocks)
         return 2.0 + read * idle + extra
+    if config.kernel == "ring_linear":
+        tiles = math.ceil(problem.N / config.block_n)
+        return 2.0 + read * max(1.0, hardware.num_sms / tiles)
     size = problem.element_size
     stage = (config.block_m + config.block_n) * config.block_k * size
     resident = _resident(config, stage, hardware)
@@ -250,7 +269,7 @@ def bound_us(problem: GemmProblem, config: GemmConfig, hardware: Hardware) -> fl
     """A time that no run of the configuration can stay below: memory's, and its busiest tiles'."""
     rates = _rates(problem, hardware)
     read = _bytes(problem) / (1.15 * rates.memory)
-    if config.kernel == "gemv":
+    if config.kernel in ("gemv", "ring_linear"):
         return read
     seen = problem.transposed if config.swap_operands else problem
     tiles = _tiles_each(seen, config, hardware, 1)
