@@ -14,6 +14,7 @@ from triton_only_backend.kernels import tuned
 from triton_only_backend.kernels.gemm_configs import (
     GEMV_MAX_ROWS,
     HOPPER_TILES,
+    NEED_ALIGNED,
     SKINNY_MAX_ROWS,
     GemmConfig,
     GemmProblem,
@@ -53,21 +54,29 @@ def heuristic_config(problem: GemmProblem, hardware: Hardware) -> GemmConfig:
 
 
 @functools.lru_cache(maxsize=4096)
-def general_config(problem: GemmProblem, hardware: Hardware) -> GemmConfig:
-    """The same without the ring, which not every epilogue and output can have."""
+def general_config(problem: GemmProblem, hardware: Hardware, *, regular: bool = True) -> GemmConfig:
+    """The same without the ring, which not every epilogue and output can have.
+
+    Args:
+        regular: a batch's matrices lie whole numbers of rows apart, as descriptors need it.
+    """
     if hardware.is_interpreter:
         return _interpreted(problem)
-    if not problem.aligned:
-        return _unaligned(problem, hardware)
     if problem.M <= GEMV_MAX_ROWS and problem.M <= problem.N:
         return _gemv(problem, hardware, swap=False)
     if problem.N <= GEMV_MAX_ROWS:
         return _gemv(problem.transposed, hardware, swap=True)
+    if not problem.aligned:
+        return _packed(problem, hardware) or _unaligned(problem, hardware)
     if problem.ieee:
         return _ieee(problem, hardware)
     if problem.element_size == 2 and hardware.has_wgmma and problem.batch == 1:
         config = _hopper(problem, hardware)
         if config is not None:
+            return config
+    if problem.batch > 1 and regular and min(problem.M, problem.N) > SKINNY_MAX_ROWS:
+        _, config = hopper_choice(problem, hardware, may_split=False)
+        if problem.element_size == 2 and hardware.has_wgmma and supports(problem, config, hardware):
             return config
     if problem.M <= SKINNY_MAX_ROWS and problem.M <= problem.N:
         return _skinny(problem.transposed, hardware, swap=True)
@@ -90,6 +99,15 @@ def split_k_for(blocks: int, k_iterations: int, target_blocks: int, minimum: int
     while blocks * split_k < target_blocks and k_iterations // (split_k * 2) >= minimum:
         split_k *= 2
     return split_k
+
+
+def _packed(problem: GemmProblem, hardware: Hardware) -> GemmConfig | None:
+    """What follows when the operands have been copied; None where no kernel needs that."""
+    if problem.element_size == 2 and hardware.has_wgmma and problem.K > 0:
+        config = general_config(replace(problem, aligned=True), hardware)
+        if config.kernel in NEED_ALIGNED and supports(problem, config, hardware):
+            return config
+    return None
 
 
 def _unaligned(problem: GemmProblem, hardware: Hardware) -> GemmConfig:
@@ -237,10 +255,13 @@ def hopper_choice(
     problem: GemmProblem, hardware: Hardware, *, may_split: bool = True
 ) -> tuple[float, GemmConfig]:
     """The tiles and split of the persistent kernel with the least time, and that time in µs."""
-    read = (problem.M + problem.N) * problem.K * problem.element_size / _HOPPER_BYTES_PER_US
+    moved = (problem.M + problem.N) * problem.K
+    if problem.batch > 1:
+        moved += problem.M * problem.N  # with a short K, writing is most of it
+    read = problem.batch * moved * problem.element_size / _HOPPER_BYTES_PER_US
     best: tuple[float, GemmConfig] | None = None
     for block_m, block_n, block_k, warps, stages, halves, tile_us in _HOPPER_TILES:
-        tiles = math.ceil(problem.M / block_m) * math.ceil(problem.N / block_n)
+        tiles = math.ceil(problem.M / block_m) * math.ceil(problem.N / block_n) * problem.batch
         for split_k in (1, 2, 4) if may_split else (1,):
             if split_k > 1 and problem.K // split_k < 8 * block_k:
                 break

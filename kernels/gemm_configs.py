@@ -30,7 +30,8 @@ class GemmProblem:
         a_k_contiguous: a's K stride is 1 (row-major a).
         b_k_contiguous: b's K stride is 1 (an `nn.Linear` weight, transposed).
         aligned: both operands have a unit stride and rows that start at 16-byte boundaries, so that
-            they can be read in 16-byte pieces or through tensor descriptors.
+            they can be read in 16-byte pieces or through tensor descriptors. Where a kernel needs
+            that, `pack` makes aligned copies first.
     """
 
     batch: int
@@ -101,6 +102,9 @@ HOPPER_TILES = {(128, 256): 4, (256, 128): 4, (128, 192): 4, (128, 128): 6}
 # Warpgroups of it that multiply, each half of a tile's rows.
 HOPPER_CONSUMERS = 2
 
+# Kernels that read through tensor descriptors.
+NEED_ALIGNED = ("gemm_tma", "gemm_hopper")
+
 # Shared memory in which a tile of an epilogue's operands changes its layout.
 OPERAND_BYTES = 32768
 
@@ -133,9 +137,14 @@ def supports(problem: GemmProblem, config: GemmConfig, hardware: Hardware) -> bo
     held = config.num_stages - (hardware.backend == "hip")
     if config.num_stages > 1 and held * stage > hardware.shared_memory:
         return False
-    plain = problem.aligned and problem.element_size == 2 and problem.batch == 1
+    half = problem.element_size == 2 and problem.K > 0
+    plain = half and problem.batch == 1
     if config.kernel == "gemm_tma":
-        return plain and has_descriptors(hardware)
+        # A batch's tiles must not reach past K, where another matrix begins.
+        both = problem.a_k_contiguous and problem.b_k_contiguous
+        whole = both or problem.K % config.block_k == 0
+        fits = problem.batch == 1 or (config.split_k == 1 and whole)
+        return half and fits and has_descriptors(hardware)
     if config.kernel == "gemm_hopper":
         slots = HOPPER_TILES.get((config.block_m, config.block_n), 0)
         fits = config.num_stages <= slots and config.block_k == 64 and config.split_k == 1
@@ -276,7 +285,7 @@ def with_staging(
     if sums > traits.most_sums:
         config = replace(config, block_n=config.block_n * traits.most_sums // sums)
     rows, columns = (problem.N, problem.M) if config.swap_operands else (problem.M, problem.N)
-    tiles = math.ceil(rows / config.block_m) * math.ceil(columns / config.block_n)
+    tiles = math.ceil(rows / config.block_m) * math.ceil(columns / config.block_n) * problem.batch
     flattened = flatten and tiles > hardware.num_sms * config.resident
     halves = config.store_halves
     if traits.operand_size > 0:

@@ -188,7 +188,8 @@ def gemv_kernel(
 
 def lane(b: torch.Tensor) -> int:
     """Elements along K that a thread reads in one piece of 16 bytes from a (…, K, N) operand."""
-    return 16 // b.element_size() if b.stride(-2) == 1 else 1
+    pieces = b.stride(-1) * b.element_size() % 16 == 0 and b.data_ptr() % 16 == 0
+    return 16 // b.element_size() if b.stride(-2) == 1 and pieces else 1
 
 
 def gemv(

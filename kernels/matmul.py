@@ -17,6 +17,7 @@ from triton_only_backend.kernels.gemm_choice import (
     select_config,
 )
 from triton_only_backend.kernels.gemm_configs import (
+    NEED_ALIGNED,
     EpilogueTraits,
     GemmConfig,
     GemmProblem,
@@ -25,9 +26,10 @@ from triton_only_backend.kernels.gemm_configs import (
     with_registers,
     with_staging,
 )
-from triton_only_backend.kernels.gemm_tma import gemm_tma, has_aligned_rows
+from triton_only_backend.kernels.gemm_tma import gemm_tma, has_aligned_rows, rows_between
 from triton_only_backend.kernels.gemv import gemv
 from triton_only_backend.kernels.limits import DTYPES
+from triton_only_backend.kernels.pack import pack
 
 
 def precision_of(operand: torch.Tensor) -> str:
@@ -173,6 +175,11 @@ def launch(
 ) -> None:
     """The kernel that `config` names, on operands as `matmul` takes them, the bias expanded."""
     device = hardware.of(out.device)
+    if config.kernel in NEED_ALIGNED and not problem.aligned:
+        off = [not is_aligned(a), not is_aligned(b)]
+        copies = iter(pack([x for x, is_off in zip((a, b), off, strict=True) if is_off]))
+        a, b = (next(copies) if is_off else x for x, is_off in zip((a, b), off, strict=True))
+        problem = replace(problem, aligned=True)
     if config.kernel == "ring_linear":
         if is_linear(bias, out, alpha, beta):
             # Gluon is there only with Triton for Hopper.
@@ -197,13 +204,15 @@ def launch(
             )  # fmt: skip
             return
         config = hopper_choice(problem, device)[1]
+    elif config.kernel == "gemm_tma" and None in (rows_between(a), rows_between(b)):
+        config = general_config(problem, device, regular=False)
     if config.kernel == "gemv":
         gemv(a, b, bias, out, alpha=alpha, beta=beta, config=config, epilogue=epilogue)
     elif config.kernel == "gemm_tma":
         row_bias = None if bias is None else bias[0]
         config = with_staging(config, problem, epilogue_traits(out[0], row_bias, epilogue), device)
         gemm_tma(
-            a[0], b[0], row_bias, out[0],
+            a, b, bias, out,
             alpha=alpha, beta=beta, config=config, num_sms=device.num_sms, epilogue=epilogue,
         )  # fmt: skip
     else:

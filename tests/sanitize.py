@@ -117,6 +117,17 @@ def gemm() -> None:
 
 
 @problem
+def pack() -> None:
+    """One and two matrices, along rows and along columns, of odd sizes."""
+    from triton_only_backend.kernels.pack import pack
+
+    x, y = randn(2, 33, 301), randn(1, 301, 17).mT
+    for matrices in ([x], [x, y], [x[:, :, ::2]]):
+        for matrix, packed in zip(matrices, pack(matrices), strict=True):
+            assert torch.equal(matrix, packed)
+
+
+@problem
 def gemm_tma() -> None:
     """Both layouts of both operands, stored by descriptors and by pointers."""
     from triton_only_backend.kernels.gemm_configs import GemmConfig
@@ -124,6 +135,10 @@ def gemm_tma() -> None:
 
     if not HAS_TMA:
         return
+    config = GemmConfig("gemm_tma", 64, 64, 64, 1, 8, 4, 3)
+    for M in (64, 72):
+        a, b, out = randn(3, M, 136), randn(3, 104, 136).mT, randn(3, M, 104)
+        gemm_tma(a, b, out, out, alpha=1.0, beta=1.0, config=config, num_sms=5)
     M, N, K = 72, 104, 136
     for split_k, halves, transposed in ((1, False, False), (3, False, True), (1, True, False)):
         a = randn(K, M).T if transposed else randn(M, K)
@@ -133,7 +148,8 @@ def gemm_tma() -> None:
         )
         for bias in (None, randn(N).expand(M, N)):
             out = randn(M, N)
-            gemm_tma(a, b, bias, out, alpha=0.5, beta=2.0, config=config, num_sms=5)
+            one = (a[None], b[None], None if bias is None else bias[None], out[None])
+            gemm_tma(*one, alpha=0.5, beta=2.0, config=config, num_sms=5)
 
 
 @problem

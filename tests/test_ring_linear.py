@@ -75,7 +75,7 @@ def product(M: int, N: int, K: int, *, batch: int = 1, k_contiguous: bool = True
 
 
 @pytest.mark.parametrize("M", [1, 2, 4, 8])
-@pytest.mark.parametrize(("N", "K"), [(6144, 4096), (10240, 8192), (14336, 4096)])
+@pytest.mark.parametrize(("N", "K"), [(6144, 4096), (8192, 4096), (14336, 4096)])
 def test_plain_products_go_through_it(M, N, K):
     config = heuristic_config(product(M, N, K), H200)
     assert config.kernel == "ring_linear"

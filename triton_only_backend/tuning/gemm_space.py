@@ -17,6 +17,7 @@ from triton_only_backend.kernels.gemm_choice import fit_stages, heuristic_config
 from triton_only_backend.kernels.gemm_configs import (
     GEMV_MAX_ROWS,
     HOPPER_TILES,
+    NEED_ALIGNED,
     GemmConfig,
     GemmProblem,
     has_descriptors,
@@ -154,12 +155,15 @@ def _tiles(problem: GemmProblem, hardware: Hardware) -> Iterator[GemmConfig]:
     columns = [b for b in (16, 32, 64, 128, 256) if b <= max(16, next_power_of_2(problem.N))]
     # A row of 128 bytes is what the tensor cores of Hopper and the copy engine take at once.
     depths = [b // size for b in (64, 128, 256, 512) if b >= 128 or not hardware.has_wgmma]
-    if not problem.aligned or problem.ieee:
+    small = problem.ieee or not problem.aligned
+    if small and not _packs(problem, hardware):
         rows, columns, depths = (
             [b for b in rows if b <= 128],
             [b for b in columns if b <= 64],
             [16, 32],
         )
+    elif small:
+        depths = [32, *depths]
     for block_m, block_n, block_k in itertools.product(rows, columns, depths):
         if block_k > max(16, next_power_of_2(problem.K)) or block_m * block_n < 512:
             continue
@@ -172,6 +176,12 @@ def _tiles(problem: GemmProblem, hardware: Hardware) -> Iterator[GemmConfig]:
             for split_k in _splits(problem, hardware, block_m, block_n, block_k):
                 tile = (block_m, block_n, block_k, split_k, 8, warps)
                 yield from _pipelines(problem, hardware, tile)
+
+
+def _packs(problem: GemmProblem, hardware: Hardware) -> bool:
+    """Whether unaligned operands are copied for the kernels on descriptors."""
+    half = not problem.aligned and problem.element_size == 2 and problem.K > 0
+    return half and has_descriptors(hardware)
 
 
 def _warp_specialised(problem: GemmProblem) -> Iterator[GemmConfig]:
@@ -207,8 +217,10 @@ def _pipelines(
         )  # fmt: skip
         return [stages for stages in (fitting, fitting - 1) if stages >= 2]
 
-    most = 3 if not problem.aligned or problem.ieee else 6
-    for resident in (1, 2, 3):
+    small = problem.ieee or not problem.aligned
+    most = 3 if small else 6
+    fits = not small or (block_m <= 128 and block_n <= 64 and block_k <= 32)
+    for resident in (1, 2, 3) if fits else ():
         for stages in depths(resident, 0, most):
             yield GemmConfig("gemm", *tile, stages)
     if not has_descriptors(hardware):
@@ -232,10 +244,12 @@ def cost_us(problem: GemmProblem, config: GemmConfig, hardware: Hardware) -> flo
     read = _bytes(problem) / rates.memory
     seen = problem.transposed if config.swap_operands else problem
     extra = 0.0
+    if not problem.aligned and config.kernel in NEED_ALIGNED:
+        extra += 2.5 + 2 * read
     if config.split_k > 1:
-        extra = 2.5 + 8 * config.split_k * problem.batch * problem.M * problem.N / rates.memory
+        extra += 2.5 + 8 * config.split_k * problem.batch * problem.M * problem.N / rates.memory
     if config.stream_k:
-        extra = SUMS_US * config.block_m * config.block_n / 32768
+        extra += SUMS_US * config.block_m * config.block_n / 32768
     if config.kernel == "gemv":
         blocks = problem.batch * math.ceil(seen.N / config.block_n) * config.split_k
         idle = max(1.0, hardware.num_sms / blocks)
