@@ -98,7 +98,9 @@ class GemmConfig:
 
 
 # Tiles of `gemm_hopper` (rows, columns), and the slots of the ring that fit beside the result's.
-HOPPER_TILES = {(128, 256): 4, (256, 128): 4, (128, 192): 4, (128, 128): 6}
+HOPPER_TILES = {
+    (128, 256): 4, (256, 128): 4, (128, 192): 4, (128, 160): 5, (128, 128): 6, (128, 96): 7
+}  # fmt: skip
 # Warpgroups of it that multiply, each half of a tile's rows.
 HOPPER_CONSUMERS = 2
 
@@ -148,6 +150,7 @@ def supports(problem: GemmProblem, config: GemmConfig, hardware: Hardware) -> bo
     if config.kernel == "gemm_hopper":
         slots = HOPPER_TILES.get((config.block_m, config.block_n), 0)
         fits = config.num_stages <= slots and config.block_k == 64 and config.split_k == 1
+        fits = fits and (config.block_n % 64 == 0 or not config.stream_k)
         return plain and fits and not config.swap_operands and hardware.has_gluon
     return config.kernel == "gemm"
 

@@ -8,9 +8,10 @@ staging buffer (TMA again). The copying warp runs ahead into the next tile while
 written. `full[s]` says that a ring slot has arrived, `empty[s]` that both have read it.
 
 Tensors' sides are powers of two, so 192 columns are two accumulators of 128 and 64, that share the
-slot of `a`. What bounds a tile: 64 × n × 16 multiplications take n / 2 cycles, in which shared
-memory moves 64 · n bytes; two consumers' operands are 2048 + 32 · n each such step, and what is
-copied comes on top. By that 128 × 256 is just even, smaller tiles are bound by shared memory.
+slot of `a`; 160 are 128 and 32, and 96 are 64 and 32. What bounds a tile: 64 × n × 16
+multiplications take n / 2 cycles, in which shared memory moves 64 · n bytes; two consumers'
+operands are 2048 + 32 · n each such step, and what is copied comes on top. By that 128 × 256 is
+just even, smaller tiles are bound by shared memory.
 
 With STREAM_K the tiles that would leave a wave half empty are not given out whole. LANES programs,
 which compute neighbouring rows of tiles at the same time and so read the same of `b` together, are
@@ -78,7 +79,7 @@ if TYPE_CHECKING:
 
 # Warpgroups that multiply.
 CONSUMERS = gl.constexpr(HOPPER_CONSUMERS)
-# Columns that are written at a time.
+# Columns that are written at a time, of tiles whose columns it divides.
 PIECE = gl.constexpr(64)
 
 
@@ -86,6 +87,12 @@ PIECE = gl.constexpr(64)
 def first_columns(BLOCK_N):
     """The columns of a tile's first accumulator."""
     return 1 << (BLOCK_N.bit_length() - 1)
+
+
+@gluon.constexpr_function
+def piece_of(BLOCK_N):
+    """The columns of a tile that are written at a time."""
+    return PIECE.value if BLOCK_N % PIECE.value == 0 else PIECE.value // 2
 
 
 @gluon.jit
@@ -192,16 +199,16 @@ def copy(
 
 
 @gluon.jit
-def pieces_of(acc):
-    """A tile's columns, PIECE at a time, as a tuple; no thread moves anything."""
+def pieces_of(acc, WIDTH: gl.constexpr):
+    """A tile's columns, WIDTH at a time, as a tuple; no thread moves anything."""
     ROWS: gl.constexpr = acc.shape[0]
     COLUMNS: gl.constexpr = acc.shape[1]
-    if COLUMNS == PIECE:
-        layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PIECE, 16])
+    if COLUMNS == WIDTH:
+        layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
         pieces = (gl.convert_layout(acc, layout, assert_trivial=True),)
     else:
         left, right = acc.reshape([ROWS, 2, COLUMNS // 2]).permute(0, 2, 1).split()
-        pieces = pieces_of(left) + pieces_of(right)
+        pieces = pieces_of(left, WIDTH) + pieces_of(right, WIDTH)
     return pieces
 
 
@@ -262,22 +269,23 @@ def write(
 ):  # fmt: skip
     """Adds the sums of `others` to a tile's, applies the epilogue, and writes it piece by piece."""
     ROWS: gl.constexpr = pieces[0].shape[0]
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PIECE, 16])
-    stride = lanes * (CONSUMERS * ROWS * PIECE * len(pieces))  # to the next worker's sums
+    WIDTH: gl.constexpr = pieces[0].shape[1]
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
+    stride = lanes * (CONSUMERS * ROWS * WIDTH * len(pieces))  # to the next worker's sums
     if STREAM_K:
         for n in range(1, others + 1):
             take_flag(flag_ptr - n * lanes * CONSUMERS)
     for i in gl.static_range(len(pieces)):
         x = pieces[i]
         if STREAM_K:
-            theirs = partial_ptr + i * (ROWS * PIECE)
+            theirs = partial_ptr + i * (ROWS * WIDTH)
             for n in range(1, others + 1):
                 x += load_partial(theirs - n * stride, ROWS)
         x *= gl.cast(alpha, gl.float32)
-        start = column + i * PIECE
+        start = column + i * WIDTH
         if HAS_BIAS or HAS_OPERANDS:
             offs_m = row.to(gl.int64) + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
-            offs_n = start.to(gl.int64) + gl.arange(0, PIECE, layout=gl.SliceLayout(0, layout))
+            offs_n = start.to(gl.int64) + gl.arange(0, WIDTH, layout=gl.SliceLayout(0, layout))
             mask_m = offs_m < M
             mask_n = offs_n < N
         if HAS_BIAS:
@@ -310,6 +318,7 @@ def multiply(
     ROWS: gl.constexpr = BLOCK_M // CONSUMERS
     COLUMNS: gl.constexpr = first_columns(BLOCK_N)
     MORE: gl.constexpr = BLOCK_N - COLUMNS
+    WIDTH: gl.constexpr = piece_of(BLOCK_N)
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
     grid_m = gl.cdiv(M, BLOCK_M)
     grid_n = gl.cdiv(N, BLOCK_N)
@@ -355,9 +364,9 @@ def multiply(
             slot, phase = advance(slot, phase, STAGES)
         if MORE > 0:
             acc, more = warpgroup_mma_wait(num_outstanding=0, deps=[acc, more])
-            pieces = pieces_of(acc) + pieces_of(more)
+            pieces = pieces_of(acc, WIDTH) + pieces_of(more, WIDTH)
         else:
-            pieces = pieces_of(warpgroup_mma_wait(num_outstanding=0, deps=[acc]))
+            pieces = pieces_of(warpgroup_mma_wait(num_outstanding=0, deps=[acc]), WIDTH)
         mbarrier.arrive(empty.index(slot_before(slot, STAGES)))
         if STREAM_K:
             others = others_of(tile, last, tiles, whole, lanes, steps)
@@ -505,7 +514,7 @@ def gemm_hopper(
         sums = share.programs * config.block_m * config.block_n
         workspace = torch.empty(sums, dtype=torch.float32, device=out.device)
     gemm_hopper_kernel[(share.programs,)](
-        a_desc, b_desc, more_desc, _tiles_of(out, [rows, PIECE.value]),
+        a_desc, b_desc, more_desc, _tiles_of(out, [rows, piece_of(config.block_n)]),
         a if bias is None else bias, workspace, flags,
         M, N, triton.cdiv(K, config.block_k), share.whole, share.lanes,
         *bias_strides(bias)[-2:],

@@ -39,6 +39,8 @@ MAX_ACCUMULATORS = 128
 STEP_US = {"gemm": 0.04, "gemm_tma": 0.02, "gemm_hopper": 0.02}
 # … that a program takes to hand over its sums of a tile that another owns, and this to add them.
 SUMS_US = 4.0
+# Elements of an output of which tiles of 64 rows leave most multiprocessors idle.
+SMALL_OUTPUT = 1 << 16
 # Loads in flight that hide the latency of memory, bytes a multiprocessor.
 IN_FLIGHT = 40_000
 
@@ -107,7 +109,7 @@ def _preference(member: tuple[float, GemmConfig]) -> tuple[float, int, int, bool
 
 def space(problem: GemmProblem, hardware: Hardware) -> Iterator[GemmConfig]:
     """Every configuration that computes the problem and fits memory and registers."""
-    swaps = (False, True) if min(problem.M, problem.N) <= 512 else (False,)
+    swaps = (False, True) if min(problem.M, problem.N) <= 128 else (False,)
     for swap in swaps:
         seen = problem.transposed if swap else problem
         for config in itertools.chain(
@@ -171,8 +173,11 @@ def _tiles(problem: GemmProblem, hardware: Hardware) -> Iterator[GemmConfig]:
             accumulators = block_m * block_n / (32 * warps)
             if not 4 <= accumulators <= MAX_ACCUMULATORS:
                 continue
-            if hardware.has_wgmma and block_m < 16 * warps:
-                continue  # The tensor cores take 64 rows for each four warps.
+            # Hopper's tensor cores take 64 rows for each four warps; where such tiles are too few,
+            # the products of Ampere are faster.
+            few = problem.batch * problem.M * problem.N <= SMALL_OUTPUT
+            if hardware.has_wgmma and block_m < 16 * warps and not (few and warps == 4):
+                continue
             for split_k in _splits(problem, hardware, block_m, block_n, block_k):
                 tile = (block_m, block_n, block_k, split_k, 8, warps)
                 yield from _pipelines(problem, hardware, tile)
@@ -187,7 +192,7 @@ def _packs(problem: GemmProblem, hardware: Hardware) -> bool:
 def _warp_specialised(problem: GemmProblem) -> Iterator[GemmConfig]:
     for (block_m, block_n), stages in HOPPER_TILES.items():
         for stream_k in (False, True):
-            for group in (8, 16) if problem.M > 512 else (16,):
+            for group in (8, 16) if problem.M > 2048 else (16,):
                 tile = (block_m, block_n, 64, 1, group, 8, stages)
                 yield GemmConfig("gemm_hopper", *tile, stream_k=stream_k)
 
@@ -233,7 +238,7 @@ def _pipelines(
                 continue
             staging = block_m * block_n * size // (1 + halves)
             for stages in depths(resident, staging, 8):
-                for group in (8, 16) if problem.M > 512 else (8,):
+                for group in (8, 16) if problem.M > 2048 else (8,):
                     config = GemmConfig("gemm_tma", *tile, stages, False, 512, resident, halves)
                     yield replace(config, group_m=group)
 
@@ -273,6 +278,8 @@ def cost_us(problem: GemmProblem, config: GemmConfig, hardware: Hardware) -> flo
     accumulators = config.block_m * config.block_n // (32 * config.num_warps)
     if accumulators >= 64 and config.kernel == "gemm":
         compute *= 1.10  # Addresses compete for the registers.
+    if not problem.aligned and problem.element_size == 2 and config.kernel == "gemm":
+        compute *= 5.0  # An element a load: 64 × 5333 × 495 takes 14.6 µs of an H200.
     if accumulators >= 128 and config.block_m > 16 * config.num_warps:
         compute *= 1.05  # Two rows of products a warp group, one after the other.
     # Neither hides the other entirely.
