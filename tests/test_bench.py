@@ -190,14 +190,14 @@ def test_bench_gemm_with_played_times(
     monkeypatch.setattr(gemm, "require_gpu", lambda: torch.device(device))
     monkeypatch.setattr(gemm, "ceilings", lambda dtype: timing.Ceilings(1e12, 1e12, "played"))
     monkeypatch.setattr(gemm, "copies_for", lambda size: 2)
-    times = iter([2.0, 3.0, 4.0] * 2)
+    times = {gemm.OURS: 2.0, gemm.CUBLAS: 3.0, gemm.INDUCTOR: 4.0}
     shapes = []
 
-    def played(fns: Any, reps: int) -> float:
-        shapes.append(tuple(fns[1]().shape))
-        return next(times)
+    def played(calls: Any, reps: int) -> dict[str, float]:
+        shapes.extend(tuple(fns[1]().shape) for fns in calls.values())
+        return times
 
-    monkeypatch.setattr(gemm, "measure", played)
+    monkeypatch.setattr(gemm, "measure_in_turn", played)
     # Inductor has no Triton template for the CPU, and on a GPU they take long to compile.
     monkeypatch.setattr(gemm.torch, "compile", lambda function, **_: function)
     plan = gemm.Plan("small", "fp32", (4, 16), gemm.PROVIDERS, k_contiguous)
@@ -219,7 +219,7 @@ def test_bench_gemm_notices_wrong_products(device: str, monkeypatch: pytest.Monk
     product = gemm.Product("small", 24, 40)
     a, weights = torch.randn(4, 40, device=device), [torch.randn(24, 40, device=device)]
     limits = timing.Ceilings(1e12, 1e12, "played")
-    monkeypatch.setattr(gemm, "measure", lambda fns, reps: 1.0)
+    monkeypatch.setattr(gemm, "measure_in_turn", lambda calls, reps: dict.fromkeys(calls, 1.0))
     functions = gemm.calls("mm", (gemm.OURS, gemm.CUBLAS))
     assert gemm.measure_product(product, a, weights, limits, functions)["correct"]
     wrong = {**functions, gemm.OURS: lambda a, b, bias: 1.001 * (a @ b)}

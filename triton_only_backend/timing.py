@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import statistics
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,7 @@ import torch
 from triton_only_backend.errors import TritonOnlyError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
 # More than any L2 cache holds several times over, so that a rotating operand is read from memory.
 ROTATION_BYTES = 300_000_000
@@ -85,9 +84,52 @@ def measure(fns: Sequence[Callable[[], object]], *, reps: int, replays: int = 7)
     Raises:
         BenchmarkError: there is no GPU.
     """
+    return measure_in_turn({"": fns}, reps=reps, replays=replays)[""]
+
+
+def measure_in_turn(
+    calls: Mapping[str, Sequence[Callable[[], object]]], *, reps: int, replays: int = 7
+) -> dict[str, float]:
+    """Median device times of several calls, by name, in microseconds: a replay of each in turn.
+
+    The chip's power sets the pace of large products, and what ran before, as a reference in fp64,
+    must not count against the one that happens to be timed first.
+
+    Args:
+        calls: for each `measure`'s `fns`.
+        reps: calls to capture into one CUDA graph each.
+        replays: timed replays of each graph, after one that is not.
+
+    Raises:
+        BenchmarkError: there is no GPU.
+    """
     require_gpu()
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
+    graphs = {name: _captured(fns, reps, stream) for name, fns in calls.items()}
+    spans: dict[str, list[tuple[Any, Any]]] = {name: [] for name in calls}
+    with torch.cuda.stream(stream):
+        for graph in graphs.values():
+            graph.replay()
+        for _ in range(replays):
+            for name, graph in graphs.items():
+                begin: Any = torch.cuda.Event(enable_timing=True)
+                end: Any = torch.cuda.Event(enable_timing=True)
+                begin.record(stream)
+                graph.replay()
+                end.record(stream)
+                spans[name].append((begin, end))
+        stream.synchronize()
+    torch.cuda.current_stream().wait_stream(stream)
+    del graphs
+    return {
+        name: statistics.median(float(begin.elapsed_time(end)) * 1e3 / reps for begin, end in pairs)
+        for name, pairs in spans.items()
+    }
+
+
+def _captured(fns: Sequence[Callable[[], object]], reps: int, stream: Any) -> Any:
+    """A CUDA graph of `reps` calls, on a stream that is not the current one."""
     graph = torch.cuda.CUDAGraph()
     with torch.no_grad(), torch.cuda.stream(stream):
         for fn in fns:
@@ -96,18 +138,7 @@ def measure(fns: Sequence[Callable[[], object]], *, reps: int, replays: int = 7)
         with torch.cuda.graph(graph, stream=stream):
             for i in range(reps):
                 fns[i % len(fns)]()
-        graph.replay()
-        marks: list[Any] = [torch.cuda.Event(enable_timing=True) for _ in range(replays + 1)]
-        marks[0].record(stream)
-        for mark in marks[1:]:
-            graph.replay()
-            mark.record(stream)
-        stream.synchronize()
-    pairs = itertools.pairwise(marks)
-    times = [float(begin.elapsed_time(end)) * 1e3 / reps for begin, end in pairs]
-    torch.cuda.current_stream().wait_stream(stream)
-    del graph
-    return statistics.median(times)
+    return graph
 
 
 def ceilings(dtype: torch.dtype) -> Ceilings:

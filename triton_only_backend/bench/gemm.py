@@ -24,7 +24,7 @@ from triton_only_backend.bench.record import Record, format_value
 from triton_only_backend.timing import (
     ceilings,
     copies_for,
-    measure,
+    measure_in_turn,
     poison,
     repetitions,
     require_gpu,
@@ -149,10 +149,13 @@ def measure_product(
         outputs[name] = function(a, weights[0].mT, bias)
     error = errors(a, weights[0], outputs, bias)
     outputs.clear()
-    times = {
-        name: measure([lambda w=w, f=f: f(a, w.mT, bias) for w in weights], reps=reps)  # type: ignore[misc]
-        for name, f in functions.items()
-    }
+    times = measure_in_turn(
+        {
+            name: [lambda w=w, f=f: f(a, w.mT, bias) for w in weights]  # type: ignore[misc]
+            for name, f in functions.items()
+        },
+        reps=reps,
+    )
     inductor_us = times.get(INDUCTOR)
     return {
         "op": product.op,
