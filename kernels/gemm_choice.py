@@ -125,7 +125,8 @@ def _unaligned(problem: GemmProblem, hardware: Hardware) -> GemmConfig:
 def _gemv(problem: GemmProblem, hardware: Hardware, *, swap: bool) -> GemmConfig:
     """Measured on an H200, bf16, M = 1 and 2: 16 columns of 256 are level or best for N ≥ 4096."""
     if not problem.b_k_contiguous:
-        block_n, block_k = 256 // problem.element_size, 64
+        # Where each element has a pointer of its own, 64 of K spill 184 bytes.
+        block_n, block_k = 256 // problem.element_size, 64 if problem.aligned else 16
     elif problem.batch * problem.N >= 16 * hardware.num_sms:
         block_n, block_k = 16, 512 // problem.element_size
     else:
