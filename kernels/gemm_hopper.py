@@ -297,8 +297,12 @@ def write(
         else:
             x = apply_epilogue(x, 0, 0, None, epilogue, ACTIVATION)
         buffer = staging.index(INDEX * BUFFERS + i % BUFFERS)
-        # What was written from this buffer last has been read from it.
-        tma.store_wait(pendings=BUFFERS - 1)
+        # What was written from this buffer last has been read from it. An odd number of pieces ends
+        # with the buffer that the next tile begins with.
+        if i == 0 and len(pieces) % BUFFERS != 0:
+            tma.store_wait(pendings=0)
+        else:
+            tma.store_wait(pendings=BUFFERS - 1)
         buffer.store(x.to(c_desc.dtype))
         fence_async_shared()
         store_tile(c_desc, [row, start], buffer)
