@@ -334,7 +334,7 @@ def test_with_epilogue(config, hopper, device):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("tile", HOPPER_TILES, ids=str)
+@pytest.mark.parametrize("tile", [t for t in HOPPER_TILES if t[1] % 64 == 0], ids=str)
 def test_replays_leave_no_flag_behind(tile, hopper, device):
     """In a graph with two launches, replayed beside eager launches on another stream."""
     config = config_of(*tile, stream_k=True)
