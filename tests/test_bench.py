@@ -460,9 +460,12 @@ def test_charts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     record.write_text("[]")
     assert "record.json is no record of bench model" in chart(record)
 
-    steps = [{"passes": "all", "breakdown_decode": dict.fromkeys(breakdown.PARTS, 2.0)}]
+    parts = dict.fromkeys(breakdown.PARTS, 2.0)
+    steps = [{"passes": "all", "ms_per_token": 0.0125, "breakdown_decode": parts}]
     plots.plot_steps(steps, tmp_path / "steps.svg", "a step")
-    assert "between kernels" in (tmp_path / "steps.svg").read_text()
+    drawn = (tmp_path / "steps.svg").read_text()
+    assert "between kernels" in drawn
+    assert re.search(r"<!--\s+12\s+-->", drawn), "not the measured step's microseconds"
 
 
 def test_the_plain_model_is_a_llama() -> None:

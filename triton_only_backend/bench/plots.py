@@ -105,11 +105,14 @@ def plot_attention(
 
 
 def plot_steps(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
-    """Draws where the microseconds of a step go, a stacked bar for each of `rows`."""
+    """Draws where the microseconds of a step go, a stacked bar for each of `rows`.
+
+    What the step takes beyond its kernels is of the measured step: the profiler makes gaps.
+    """
     require_drawable(path)
     from matplotlib.figure import Figure
 
-    from triton_only_backend.bench.breakdown import PARTS
+    from triton_only_backend.bench.breakdown import GAPS, PARTS
 
     figure = Figure(figsize=(9, 1.2 + 0.5 * len(rows)), layout="constrained")
     axes = figure.add_subplot()
@@ -117,6 +120,9 @@ def plot_steps(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
     left = [0.0] * len(rows)
     for part in PARTS:
         widths = [row["breakdown_decode"][part] for row in rows]
+        if part == GAPS:  # the last of them
+            steps = [1e3 * row["ms_per_token"] for row in rows]
+            widths = [max(0.0, step - end) for step, end in zip(steps, left, strict=True)]
         if any(widths):
             axes.barh(labels, widths, left=left, label=part)
         left = [a + b for a, b in zip(left, widths, strict=True)]
@@ -167,6 +173,9 @@ def plot_providers(
         axes.set_axisbelow(True)
         axes.margins(y=0.1)
         axes.set_ylabel(unit)
+        every = [row[key] for _, rows in records for row in rows]
+        if max(every) > 20 * min(every):  # one that is bound by the host hides the rest
+            axes.set_yscale("log")
         axes.grid(axis="y", alpha=0.3)
     figure.suptitle(title, fontsize="medium")
     handles, labels = panels[0].get_legend_handles_labels()
