@@ -227,14 +227,24 @@ def test_batches_take_it():
     assert (values.kernel, values.block_m, values.block_n) == ("gemm_hopper", 128, 128)
     experts = replace(scores, M=512, N=4096, K=14336)
     assert heuristic_config(experts, H200).kernel == "gemm_hopper"
+    once = heuristic_config(GemmProblem(64, 128, 2048, 1408, 2, False, True, True), H200)
+    assert (once.kernel, once.block_m, once.block_n) == ("gemm_hopper", 128, 128)
     for problem, device in (
         (replace(scores, M=16), H200),
+        (replace(experts, M=64), H200),
         (replace(scores, element_size=4), H200),
         (scores, replace(H200, arch="sm100")),
     ):
         assert heuristic_config(problem, device).kernel == "gemm"
     for problem in (scores, experts, replace(scores, M=16)):
         assert supports(problem, heuristic_config(problem, H200), H200)
+
+
+def test_a_row_whose_k_ends_within_a_step_has_no_pipeline():
+    config = heuristic_config(GemmProblem(64, 1, 2048, 128, 2, False, True, True), H200)
+    assert config == GemmConfig("gemv", 1, 32, 128, 1, 1, 4, 1)
+    longer = heuristic_config(GemmProblem(64, 1, 128, 2048, 2, False, True, True), H200)
+    assert (longer.kernel, longer.num_stages) == ("gemv", 4)
 
 
 @pytest.mark.parametrize("tile", HOPPER_TILES, ids=str)

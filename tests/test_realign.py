@@ -90,6 +90,8 @@ def test_what_is_chosen():
     for M in (1, 2, 3, 4):
         config = heuristic_config(replace(ODD, M=M), H200)
         assert (config.kernel, config.realign) == ("gemv", False)
+        tile = (config.block_n, config.block_k, config.num_warps)
+        assert tile == {1: (8, 512, 2), 2: (8, 512, 1)}.get(M, (4, 256, 1))
     for M in (8, 16, 64, 256, 4096, 8192):
         problem = replace(ODD, M=M)
         config = heuristic_config(problem, H200)
