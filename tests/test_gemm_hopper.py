@@ -14,6 +14,7 @@ from test_gemm import assert_as_accurate
 from triton_only_backend.kernels.gemm_choice import general_config, heuristic_config
 from triton_only_backend.kernels.gemm_configs import (
     HOPPER_TILES,
+    NEED_ALIGNED,
     EpilogueTraits,
     GemmConfig,
     GemmProblem,
@@ -201,6 +202,12 @@ def test_only_where_it_runs(monkeypatch):
     finally:
         for cached in caches:
             cached.cache_clear()
+
+
+@pytest.mark.parametrize(("M", "copies"), [(4, False), (64, False), (256, True), (4096, True)])
+def test_unaligned_operands_are_copied_where_that_pays(M, copies):
+    problem = GemmProblem(1, M, 5333, 495, 2, False, True, True, aligned=False)
+    assert (heuristic_config(problem, H200).kernel in NEED_ALIGNED) is copies
 
 
 def test_what_the_epilogue_leaves():
