@@ -484,7 +484,8 @@ def test_the_plain_model_is_a_llama() -> None:
 
 
 def test_fewer_layers():
-    """Built, counted in the floors, and kept in the record."""
+    """The plan's shape says so, and the model is built by it."""
+    pytest.importorskip("transformers")
     plan = dataclasses.replace(PLAN, layers=1, providers=("eager",))
     whole = models.MODELS[plan.model]
     assert plan.shape == dataclasses.replace(whole, layers=1)
