@@ -67,10 +67,7 @@ def general_config(problem: GemmProblem, hardware: Hardware, *, regular: bool = 
     if problem.N <= GEMV_MAX_ROWS:
         return _gemv(problem.transposed, hardware, swap=True)
     if not problem.aligned:
-        packed = None
-        if min(problem.M, problem.N) > SKINNY_MAX_ROWS:
-            packed = _packed(problem, hardware)
-        return packed or _unaligned(problem, hardware)
+        return _packed(problem, hardware) or _unaligned(problem, hardware)
     if problem.ieee:
         return _ieee(problem, hardware)
     if problem.element_size == 2 and hardware.has_wgmma and problem.batch == 1:
@@ -105,12 +102,13 @@ def split_k_for(blocks: int, k_iterations: int, target_blocks: int, minimum: int
 
 
 def _packed(problem: GemmProblem, hardware: Hardware) -> GemmConfig | None:
-    """What follows when the operands have been copied; None where no kernel needs that.
+    """What follows when the operands have been copied; None where that does not pay.
 
     For few rows the copy takes longer than it saves: 64 × 5333 × 495 16.4 µs on an H200, 14.4 read
     in place; 256 rows 18.8 and 29.2.
     """
-    if problem.element_size == 2 and hardware.has_wgmma and problem.K > 0:
+    many = min(problem.M, problem.N) > SKINNY_MAX_ROWS and problem.K > 0
+    if many and problem.element_size == 2 and hardware.has_wgmma:
         config = general_config(replace(problem, aligned=True), hardware)
         if config.kernel in NEED_ALIGNED and supports(problem, config, hardware):
             return config
