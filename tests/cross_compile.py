@@ -7,12 +7,17 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import pytest
 
 from triton_only_backend.kernels import hardware
 from triton_only_backend.kernels.hardware import Hardware
 from triton_only_backend.tuning.cross_compile import Compiled as Compiled
 from triton_only_backend.tuning.cross_compile import Target, compile_only
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
 
 # Shared memory a block may use, bytes: NVIDIA's CUDA programming guide, table of compute
 # capabilities; 64 KiB of LDS on CDNA3 (160 KiB on CDNA4, of which Triton uses as much).
@@ -32,6 +37,20 @@ def compile_for(target: str) -> list[Compiled]:
     backend, arch, device = TARGETS[target]
     hardware.of = lambda _: device  # type: ignore[assignment]
     return compile_only(Target(backend, arch, 64 if backend == "hip" else 32))
+
+
+def rows_of_gluon(program: str, forms: Sequence[Any]) -> Iterator[tuple[Any, Any]]:
+    """Each of the forms that a file compiles of a kernel in Gluon, and its row; see `rows_of`.
+
+    Skips the test where this Triton's Gluon is not known.
+    """
+    if not hardware.gluon_is_known():
+        pytest.skip("no Gluon that is known")
+    rows = rows_of(program)
+    assert len(rows) == len(forms)
+    for form, row in zip(forms, rows, strict=True):
+        print(form, row)
+        yield form, row
 
 
 def rows_of(program: str, *arguments: str) -> list[Any]:

@@ -375,14 +375,9 @@ def compile_forms():
 
 
 def test_compiles():
-    if not hardware.gluon_is_known():
-        pytest.skip("no Gluon that is known")
     import triton
 
-    rows = cross_compile.rows_of(__file__)
-    assert len(rows) == len(FORMS)
-    for form, row in zip(FORMS, rows, strict=True):
-        print(form, row)
+    for form, row in cross_compile.rows_of_gluon(__file__, FORMS):
         assert row["shared"] <= row["bound"] <= H200.shared_memory, row
         # Of a mask's bookkeeping one to five integers, outside the loops over keys. Triton 3.9
         # keeps more of three groups.
