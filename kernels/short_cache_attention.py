@@ -45,6 +45,7 @@ from triton_only_backend.kernels.dependent_launch import (
 from triton_only_backend.kernels.short_cache_configs import ShortCacheConfig, cut
 from triton_only_backend.kernels.short_cache_tiles import (
     combine_splits,
+    copy_first_tiles,
     copy_tile,
     keep,
     keys_of,
@@ -120,12 +121,10 @@ def short_cache_attention_kernel(
             gl.allocate_shared_memory(gl.int16, [W, NK], gl.SwizzledSharedLayout(1, 1, 1, [1, 0])),
         )
     if EARLY:
-        for i in gl.static_range(STAGES):
-            copy_tile(
-                k_ring.index(i), v_ring.index(i), k_cache_ptr, v_cache_ptr, k_cache_strides[2],
-                v_cache_strides[2], (split + i * SPLITS) * TILE_KEYS, len_kv, True,
-                W, NK, WARP_KEYS, D,
-            )  # fmt: skip
+        copy_first_tiles(
+            k_ring, v_ring, k_cache_ptr, v_cache_ptr, k_cache_strides[2], v_cache_strides[2],
+            split, len_kv, SPLITS, TILE_KEYS, STAGES, W, NK, WARP_KEYS, D,
+        )  # fmt: skip
 
     # Addresses, while there is time.
     row = gl.arange(0, ROWS, gl.SliceLayout(1, heads))[:, None]
@@ -192,12 +191,10 @@ def short_cache_attention_kernel(
                     ),
                 )  # fmt: skip
     if not EARLY:
-        for i in gl.static_range(STAGES):
-            copy_tile(
-                k_ring.index(i), v_ring.index(i), k_cache_ptr, v_cache_ptr, k_cache_strides[2],
-                v_cache_strides[2], (split + i * SPLITS) * TILE_KEYS, len_kv, True,
-                W, NK, WARP_KEYS, D,
-            )  # fmt: skip
+        copy_first_tiles(
+            k_ring, v_ring, k_cache_ptr, v_cache_ptr, k_cache_strides[2], v_cache_strides[2],
+            split, len_kv, SPLITS, TILE_KEYS, STAGES, W, NK, WARP_KEYS, D,
+        )  # fmt: skip
         async_copy.wait_group(0 if TILES == STAGES else STAGES - 1)
         k = k_ring.index(0).permute((0, 2, 1)).load(dot_b)
         v = v_ring.index(0).load(dot_b)

@@ -48,6 +48,20 @@ def copy_tile(
 
 
 @gluon.jit
+def copy_first_tiles(
+    k_ring, v_ring, k_ptr, v_ptr, stride_kn, stride_vn, split, len_kv,
+    SPLITS: gl.constexpr, TILE_KEYS: gl.constexpr, STAGES: gl.constexpr,
+    W: gl.constexpr, NK: gl.constexpr, WARP_KEYS: gl.constexpr, D: gl.constexpr,
+):  # fmt: skip
+    """Fills the ring with the first of a split's tiles."""
+    for i in gl.static_range(STAGES):
+        copy_tile(
+            k_ring.index(i), v_ring.index(i), k_ptr, v_ptr, stride_kn, stride_vn,
+            (split + i * SPLITS) * TILE_KEYS, len_kv, True, W, NK, WARP_KEYS, D,
+        )  # fmt: skip
+
+
+@gluon.jit
 def partner(d, ROTARY: gl.constexpr, ROPE: gl.constexpr):
     """The element that each of a head's turns with."""
     if ROPE == "half":
