@@ -11,10 +11,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from triton_only_backend.kernels import tuned
+from triton_only_backend.kernels.batch_choice import batched_config, short_gemv
 from triton_only_backend.kernels.gemm_configs import (
     GEMV_MAX_ROWS,
     HOPPER_TILES,
-    NEED_ALIGNED,
     SKINNY_MAX_ROWS,
     GemmConfig,
     GemmProblem,
@@ -23,6 +23,7 @@ from triton_only_backend.kernels.gemm_configs import (
     supports,
     with_ring,
 )
+from triton_only_backend.kernels.realign_choice import should_realign, unaligned_gemv
 from triton_only_backend.kernels.ring_configs import select_ring
 from triton_only_backend.kernels.sizes import next_power_of_2
 
@@ -54,30 +55,27 @@ def heuristic_config(problem: GemmProblem, hardware: Hardware) -> GemmConfig:
 
 
 @functools.lru_cache(maxsize=4096)
-def general_config(problem: GemmProblem, hardware: Hardware, *, regular: bool = True) -> GemmConfig:
-    """The same without the ring, which not every epilogue and output can have.
-
-    Args:
-        regular: a batch's matrices lie whole numbers of rows apart, as descriptors need it.
-    """
+def general_config(problem: GemmProblem, hardware: Hardware) -> GemmConfig:
+    """The same without the ring, which not every epilogue and output can have."""
     if hardware.is_interpreter:
         return _interpreted(problem)
+    if not problem.aligned:
+        return _unaligned(problem, hardware)
     if problem.M <= GEMV_MAX_ROWS and problem.M <= problem.N:
         return _gemv(problem, hardware, swap=False)
     if problem.N <= GEMV_MAX_ROWS:
         return _gemv(problem.transposed, hardware, swap=True)
-    if not problem.aligned:
-        return _packed(problem, hardware) or _unaligned(problem, hardware)
     if problem.ieee:
         return _ieee(problem, hardware)
     if problem.element_size == 2 and hardware.has_wgmma and problem.batch == 1:
         config = _hopper(problem, hardware)
         if config is not None:
             return config
-    if problem.batch > 1 and regular and min(problem.M, problem.N) > SKINNY_MAX_ROWS:
-        _, config = hopper_choice(problem, hardware, may_split=False)
-        if problem.element_size == 2 and hardware.has_wgmma and supports(problem, config, hardware):
-            return config
+    return batched_config(problem, hardware) or pointer_config(problem, hardware)
+
+
+def pointer_config(problem: GemmProblem, hardware: Hardware) -> GemmConfig:
+    """Of the tiled kernel that reads through pointers, for aligned operands and any batch."""
     if problem.M <= SKINNY_MAX_ROWS and problem.M <= problem.N:
         return _skinny(problem.transposed, hardware, swap=True)
     if problem.N <= SKINNY_MAX_ROWS:
@@ -101,22 +99,18 @@ def split_k_for(blocks: int, k_iterations: int, target_blocks: int, minimum: int
     return split_k
 
 
-def _packed(problem: GemmProblem, hardware: Hardware) -> GemmConfig | None:
-    """What follows when the operands have been copied; None where that does not pay.
-
-    For few rows the copy takes longer than it saves: 64 × 5333 × 495 16.4 µs on an H200, 14.4 read
-    in place; 256 rows 18.8 and 29.2.
-    """
-    many = min(problem.M, problem.N) > SKINNY_MAX_ROWS and problem.K > 0
-    if many and problem.element_size == 2 and hardware.has_wgmma:
-        config = general_config(replace(problem, aligned=True), hardware)
-        if config.kernel in NEED_ALIGNED and supports(problem, config, hardware):
-            return config
-    return None
-
-
 def _unaligned(problem: GemmProblem, hardware: Hardware) -> GemmConfig:
     """Each element has a pointer of its own in registers: small blocks, or they spill."""
+    gemv = unaligned_gemv(problem, hardware)
+    if gemv is not None:
+        return gemv
+    config = _in_place(problem, hardware)
+    if should_realign(problem, config.split_k, hardware):
+        return replace(general_config(problem.realigned, hardware), realign=True)
+    return config
+
+
+def _in_place(problem: GemmProblem, hardware: Hardware) -> GemmConfig:
     swap = problem.M < problem.N
     if swap:
         problem = problem.transposed
@@ -130,8 +124,7 @@ def _unaligned(problem: GemmProblem, hardware: Hardware) -> GemmConfig:
 def _gemv(problem: GemmProblem, hardware: Hardware, *, swap: bool) -> GemmConfig:
     """Measured on an H200, bf16, M = 1 and 2: 16 columns of 256 are level or best for N ≥ 4096."""
     if not problem.b_k_contiguous:
-        # Where each element has a pointer of its own, 64 of K spill 184 bytes.
-        block_n, block_k = 256 // problem.element_size, 64 if problem.aligned else 16
+        block_n, block_k = 256 // problem.element_size, 64
     elif problem.batch * problem.N >= 16 * hardware.num_sms:
         block_n, block_k = 16, 512 // problem.element_size
     else:
@@ -140,7 +133,8 @@ def _gemv(problem: GemmProblem, hardware: Hardware, *, swap: bool) -> GemmConfig
     block_k = min(block_k, max(next_power_of_2(problem.K), 32))
     blocks = problem.batch * math.ceil(problem.N / block_n)
     split_k = split_k_for(blocks, problem.K // block_k, hardware.num_sms)
-    return GemmConfig("gemv", 1, block_n, block_k, split_k, 1, 4, 4, swap)
+    config = GemmConfig("gemv", 1, block_n, block_k, split_k, 1, 4, 4, swap)
+    return short_gemv(problem, config, hardware)
 
 
 def _skinny(problem: GemmProblem, hardware: Hardware, *, swap: bool) -> GemmConfig:
@@ -251,7 +245,7 @@ def _warp_specialised(
         config = GemmConfig(
             "gemm_hopper", block_m, block_n, 64, 1, 16, 8, stages, stream_k=stream_k
         )
-        share = shares(problem.M, problem.N, problem.K, config, hardware.num_sms)
+        share = shares(problem.batch, problem.M, problem.N, problem.K, config, hardware.num_sms)
         if stream_k != share.divided:
             continue
         each = math.ceil(share.whole / share.programs) * steps  # of the busiest program
@@ -267,13 +261,10 @@ def hopper_choice(
     problem: GemmProblem, hardware: Hardware, *, may_split: bool = True
 ) -> tuple[float, GemmConfig]:
     """The tiles and split of the persistent kernel with the least time, and that time in µs."""
-    moved = (problem.M + problem.N) * problem.K
-    if problem.batch > 1:
-        moved += problem.M * problem.N  # with a short K, writing is most of it
-    read = problem.batch * moved * problem.element_size / _HOPPER_BYTES_PER_US
+    read = (problem.M + problem.N) * problem.K * problem.element_size / _HOPPER_BYTES_PER_US
     best: tuple[float, GemmConfig] | None = None
     for block_m, block_n, block_k, warps, stages, halves, tile_us in _HOPPER_TILES:
-        tiles = math.ceil(problem.M / block_m) * math.ceil(problem.N / block_n) * problem.batch
+        tiles = math.ceil(problem.M / block_m) * math.ceil(problem.N / block_n)
         for split_k in (1, 2, 4) if may_split else (1,):
             if split_k > 1 and problem.K // split_k < 8 * block_k:
                 break

@@ -17,7 +17,11 @@ if TYPE_CHECKING:
     from triton_only_backend.kernels.hardware import Hardware
 
 GEMV_MAX_ROWS = 2
+# … where each element is a load of its own.
+UNALIGNED_GEMV_ROWS = 4
 SKINNY_MAX_ROWS = 64
+# Elements to whose multiple copies fill K up: Triton knows of an integer whether 16 divides it.
+PADDING = 16
 
 
 @dataclass(frozen=True)
@@ -30,8 +34,7 @@ class GemmProblem:
         a_k_contiguous: a's K stride is 1 (row-major a).
         b_k_contiguous: b's K stride is 1 (an `nn.Linear` weight, transposed).
         aligned: both operands have a unit stride and rows that start at 16-byte boundaries, so that
-            they can be read in 16-byte pieces or through tensor descriptors. Where a kernel needs
-            that, `pack` makes aligned copies first.
+            they can be read in 16-byte pieces or through tensor descriptors.
     """
 
     batch: int
@@ -54,6 +57,12 @@ class GemmProblem:
             a_k_contiguous=self.b_k_contiguous,
             b_k_contiguous=self.a_k_contiguous,
         )
+
+    @property
+    def realigned(self) -> GemmProblem:
+        """The product of copies with aligned rows; see `realign.realign_product`."""
+        whole = self.a_k_contiguous and self.b_k_contiguous
+        return replace(self, K=padded_size(self.K) if whole else self.K, aligned=True)
 
     def bucketed(self) -> GemmProblem:
         """Itself: M and N are rounded already, where it is made."""
@@ -78,6 +87,10 @@ class GemmConfig:
         columns: the first columns are computed so, whose tiles come in whole waves, and those that
             would leave a wave half empty by a launch of their own with smaller tiles; 0: all are.
         stream_k: `gemm_hopper` divides the tiles that would leave a wave half empty.
+        alternate: of the two groups of warps of `gemm_hopper` one multiplies while the other
+            writes, where the ring holds all of a tile's operands.
+        realign: operands without aligned rows are copied to where they have them, and the copies
+            are multiplied, as the other fields say.
     """
 
     kernel: Literal["gemm", "gemm_tma", "gemm_hopper", "ring_linear", "gemv"]
@@ -95,6 +108,8 @@ class GemmConfig:
     flatten: bool = True
     columns: int = 0
     stream_k: bool = False
+    alternate: bool = False
+    realign: bool = False
 
 
 # Tiles of `gemm_hopper` (rows, columns), and the slots of the ring that fit beside the result's.
@@ -103,9 +118,6 @@ HOPPER_TILES = {
 }  # fmt: skip
 # Warpgroups of it that multiply, each half of a tile's rows.
 HOPPER_CONSUMERS = 2
-
-# Kernels that read through tensor descriptors.
-NEED_ALIGNED = ("gemm_tma", "gemm_hopper")
 
 # Shared memory in which a tile of an epilogue's operands changes its layout.
 OPERAND_BYTES = 32768
@@ -116,6 +128,21 @@ def bucket(n: int) -> int:
     return next_power_of_2(n) if n <= 64 else math.ceil(n / 64) * 64
 
 
+def padded_size(size: int) -> int:
+    """The next multiple of 16."""
+    return math.ceil(size / PADDING) * PADDING
+
+
+def can_realign(problem: GemmProblem, hardware: Hardware) -> bool:
+    """Whether a product is one whose operands may be copied first."""
+    return (
+        not problem.aligned
+        and hardware.has_wgmma
+        and problem.element_size == 2
+        and problem.M * problem.N * problem.K > 0
+    )
+
+
 def has_descriptors(hardware: Hardware) -> bool:
     """Whether `gemm_tma` runs there: tensor descriptors that the host makes."""
     return hardware.backend == "cuda" and int(hardware.arch.removeprefix("sm")) >= 90
@@ -123,9 +150,14 @@ def has_descriptors(hardware: Hardware) -> bool:
 
 def supports(problem: GemmProblem, config: GemmConfig, hardware: Hardware) -> bool:
     """Whether a configuration computes the problem at all, well or not, on this hardware."""
+    if config.realign:
+        # K is filled up only if both operands are copied, and the ring takes no other.
+        can = can_realign(problem, hardware) and config.kernel != "ring_linear"
+        return can and supports(problem.realigned, replace(config, realign=False), hardware)
     seen = problem.transposed if config.swap_operands else problem
     if config.kernel == "gemv":
-        return seen.M <= GEMV_MAX_ROWS
+        most = GEMV_MAX_ROWS if problem.aligned else UNALIGNED_GEMV_ROWS
+        return most >= seen.M
     if config.kernel == "ring_linear":
         return (
             streams_through_ring(problem)
@@ -139,14 +171,9 @@ def supports(problem: GemmProblem, config: GemmConfig, hardware: Hardware) -> bo
     held = config.num_stages - (hardware.backend == "hip")
     if config.num_stages > 1 and held * stage > hardware.shared_memory:
         return False
-    half = problem.element_size == 2 and problem.K > 0
-    plain = half and problem.batch == 1
+    plain = problem.aligned and problem.element_size == 2
     if config.kernel == "gemm_tma":
-        # A batch's tiles must not reach past K, where another matrix begins.
-        both = problem.a_k_contiguous and problem.b_k_contiguous
-        whole = both or problem.K % config.block_k == 0
-        fits = problem.batch == 1 or (config.split_k == 1 and whole)
-        return half and fits and has_descriptors(hardware)
+        return plain and problem.batch == 1 and has_descriptors(hardware)
     if config.kernel == "gemm_hopper":
         slots = HOPPER_TILES.get((config.block_m, config.block_n), 0)
         fits = config.num_stages <= slots and config.block_k == 64 and config.split_k == 1
@@ -223,7 +250,7 @@ class Shares(NamedTuple):
 
 
 @functools.lru_cache(maxsize=4096)
-def shares(M: int, N: int, K: int, config: GemmConfig, num_sms: int) -> Shares:
+def shares(batch: int, M: int, N: int, K: int, config: GemmConfig, num_sms: int) -> Shares:
     """What `gemm_hopper` gives to whom.
 
     With `stream_k` the tiles of the last one to two waves are divided, or all if there are fewer.
@@ -231,7 +258,7 @@ def shares(M: int, N: int, K: int, config: GemmConfig, num_sms: int) -> Shares:
     time: the least number from four on that divides the rows and leaves few multiprocessors idle.
     """
     rows = math.ceil(M / config.block_m)
-    tiles = rows * math.ceil(N / config.block_n)
+    tiles = batch * rows * math.ceil(N / config.block_n)
     if not config.stream_k or tiles % num_sms == 0:
         return Shares(min(tiles, num_sms), tiles, 1, divided=False)
     fitting = [d for d in range(1, 17) if rows % d == 0 and num_sms // d * d >= 0.95 * num_sms]
@@ -273,7 +300,8 @@ def with_staging(
     rows that are not aligned; so do 64 sums flattened, and if the output's rows are those. Measured
     on an H200: one tile a program is faster whole with 3 stages than in halves with 4
     (4096 × 14336, M = 1024: 164 and 172 µs). Split along K and flattened, the partials' tile in
-    fp32 changes its layout beside the stages.
+    fp32 changes its layout beside the stages. Of copied operands, whose output's rows are often not
+    aligned either, 128 sums a thread spill 72 bytes with Triton 3.7.
     """
     if config.kernel != "gemm_tma":
         return config
@@ -285,10 +313,13 @@ def with_staging(
         )
     sums = config.block_m * config.block_n // (32 * config.num_warps)  # of a thread
     flatten = config.flatten and (sums < 64 or not traits.is_awkward)
-    if sums > traits.most_sums:
-        config = replace(config, block_n=config.block_n * traits.most_sums // sums)
+    most = traits.most_sums
+    if config.realign and not traits.out_aligned:
+        most = min(most, 64)
+    if sums > most:
+        config = replace(config, block_n=config.block_n * most // sums)
     rows, columns = (problem.N, problem.M) if config.swap_operands else (problem.M, problem.N)
-    tiles = math.ceil(rows / config.block_m) * math.ceil(columns / config.block_n) * problem.batch
+    tiles = math.ceil(rows / config.block_m) * math.ceil(columns / config.block_n)
     flattened = flatten and tiles > hardware.num_sms * config.resident
     halves = config.store_halves
     if traits.operand_size > 0:

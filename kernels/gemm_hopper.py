@@ -1,6 +1,6 @@
 """Warp-specialised persistent matrix product for 16-bit operands on Hopper, in Gluon.
 
-    out[m, n] = epilogue(alpha · Σ_k a[m, k] · b[k, n]  +  beta · bias[m, n])
+    out[b, m, n] = epilogue(alpha · Σ_k a[b, m, k] · b[b, k, n]  +  beta · bias[b, m, n])
 
 One warp copies tiles of both operands to a ring in shared memory (TMA); two warpgroups multiply
 (wgmma), one step of K always in flight, and each writes its own rows of the result through a small
@@ -12,6 +12,9 @@ slot of `a`; 160 are 128 and 32, and 96 are 64 and 32. What bounds a tile: 64 ×
 multiplications take n / 2 cycles, in which shared memory moves 64 · n bytes; two consumers'
 operands are 2048 + 32 · n each such step, and what is copied comes on top. By that 128 × 256 is
 just even, smaller tiles are bound by shared memory.
+
+Of few steps a tile's result takes as long to write as to compute. With ALTERNATE the consumers take
+turns: one multiplies while the other writes, instead of both doing the same at the same time.
 
 With STREAM_K the tiles that would leave a wave half empty are not given out whole. LANES programs,
 which compute neighbouring rows of tiles at the same time and so read the same of `b` together, are
@@ -63,6 +66,7 @@ from triton_only_backend.kernels.epilogue import (
     bias_strides,
     load_bias,
 )
+from triton_only_backend.kernels.flash_attention import tma_strides
 from triton_only_backend.kernels.gemm import grouped_tile
 from triton_only_backend.kernels.gemm_configs import HOPPER_CONSUMERS, shares
 from triton_only_backend.kernels.tma_ring import (
@@ -154,8 +158,17 @@ def others_of(tile, last, tiles, whole, lanes, steps):
 
 
 @gluon.jit
+def place_of(tile, grid_m, grid_n, GROUP_M: gl.constexpr):
+    """The matrix of the batch that a tile is in, and its coordinates there."""
+    each = grid_m * grid_n
+    pid_m, pid_n = grouped_tile(tile % each, grid_m, grid_n, GROUP_M)
+    return tile // each, pid_m, pid_n
+
+
+@gluon.jit
 def copy(
-    a_desc, b_desc, more_desc, a_ring, b_ring, more_ring, full, empty, M, N, steps, whole, lanes,
+    a_desc, b_desc, more_desc, a_ring, b_ring, more_ring, full, empty, batch, M, N,
+    steps, whole, lanes,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
     GROUP_M: gl.constexpr, A_K_MAJOR: gl.constexpr, B_K_MAJOR: gl.constexpr,
     STREAM_K: gl.constexpr, PDL: gl.constexpr,
@@ -168,10 +181,10 @@ def copy(
     grid_n = gl.cdiv(N, BLOCK_N)
     slot = gl.to_tensor(0)
     phase = gl.to_tensor(1)  # a new barrier's wait for parity 1 returns: every slot begins empty
-    count, begin, end = items_of(grid_m * grid_n, whole, lanes, steps, STREAM_K)
+    count, begin, end = items_of(batch * grid_m * grid_n, whole, lanes, steps, STREAM_K)
     for i in range(0, count + gl.cdiv(end, steps) - begin // steps):
         tile, first, last = item_at(i, count, begin, end, whole, lanes, steps, STREAM_K)
-        pid_m, pid_n = grouped_tile(tile, grid_m, grid_n, GROUP_M)
+        matrix, pid_m, pid_n = place_of(tile, grid_m, grid_n, GROUP_M)
         row = pid_m * BLOCK_M
         column = pid_n * BLOCK_N
         for step in range(first, last):
@@ -182,20 +195,33 @@ def copy(
             for c in gl.static_range(CONSUMERS):
                 buffer = a_ring.index(slot * CONSUMERS + c)
                 if A_K_MAJOR:
-                    load_tile(a_desc, [row + c * ROWS, k], arrived, buffer)
+                    load_tile(a_desc, [matrix, row + c * ROWS, k], arrived, buffer)
                 else:
-                    load_tile(a_desc, [k, row + c * ROWS], arrived, buffer)
+                    load_tile(a_desc, [matrix, k, row + c * ROWS], arrived, buffer)
             if B_K_MAJOR:
-                load_tile(b_desc, [column, k], arrived, b_ring.index(slot))
+                load_tile(b_desc, [matrix, column, k], arrived, b_ring.index(slot))
             else:
-                load_tile(b_desc, [k, column], arrived, b_ring.index(slot))
+                load_tile(b_desc, [matrix, k, column], arrived, b_ring.index(slot))
             if COLUMNS < BLOCK_N:
                 if B_K_MAJOR:
-                    load_tile(more_desc, [column + COLUMNS, k], arrived, more_ring.index(slot))
+                    load_tile(
+                        more_desc, [matrix, column + COLUMNS, k], arrived, more_ring.index(slot)
+                    )
                 else:
-                    load_tile(more_desc, [k, column + COLUMNS], arrived, more_ring.index(slot))
+                    load_tile(
+                        more_desc, [matrix, k, column + COLUMNS], arrived, more_ring.index(slot)
+                    )
             slot, phase = advance(slot, phase, STAGES)
     release_dependents(PDL)
+
+
+@gluon.jit
+def operand_of(slot, AS_IT_LIES: gl.constexpr):
+    """What wgmma takes of a ring's slot (1, rows, columns): that, or its transpose."""
+    x = slot.reshape([slot.shape[1], slot.shape[2]])
+    if not AS_IT_LIES:
+        x = x.permute((1, 0))
+    return x
 
 
 @gluon.jit
@@ -262,8 +288,8 @@ def take_flag(flag_ptr):
 
 @gluon.jit
 def write(
-    pieces, row, column, others, lanes, c_desc, staging, bias_ptr, partial_ptr, flag_ptr,
-    M, N, stride_sm, stride_sn, alpha, beta, epilogue,
+    pieces, matrix, row, column, others, lanes, c_desc, staging, bias_ptr, partial_ptr, flag_ptr,
+    M, N, stride_sb, stride_sm, stride_sn, alpha, beta, epilogue,
     INDEX: gl.constexpr, BUFFERS: gl.constexpr, HAS_BIAS: gl.constexpr,
     HAS_OPERANDS: gl.constexpr, ACTIVATION: gl.constexpr, STREAM_K: gl.constexpr,
 ):  # fmt: skip
@@ -289,7 +315,8 @@ def write(
             mask_m = offs_m < M
             mask_n = offs_n < N
         if HAS_BIAS:
-            bias = load_bias(bias_ptr, offs_m, offs_n, mask_m, mask_n, stride_sm, stride_sn)
+            bias_ptrs = bias_ptr + matrix.to(gl.int64) * stride_sb
+            bias = load_bias(bias_ptrs, offs_m, offs_n, mask_m, mask_n, stride_sm, stride_sn)
             x += gl.cast(beta, gl.float32) * bias
         if HAS_OPERANDS:
             mask = mask_m[:, None] & mask_n[None, :]
@@ -297,28 +324,27 @@ def write(
         else:
             x = apply_epilogue(x, 0, 0, None, epilogue, ACTIVATION)
         buffer = staging.index(INDEX * BUFFERS + i % BUFFERS)
-        # What was written from this buffer last has been read from it. An odd number of pieces ends
-        # with the buffer that the next tile begins with.
-        if i == 0 and len(pieces) % BUFFERS != 0:
-            tma.store_wait(pendings=0)
-        else:
-            tma.store_wait(pendings=BUFFERS - 1)
-        buffer.store(x.to(c_desc.dtype))
+        # What was written from this buffer last has been read from it.
+        tma.store_wait(pendings=BUFFERS - 1)
+        buffer.reshape([ROWS, WIDTH]).store(x.to(c_desc.dtype))
         fence_async_shared()
-        store_tile(c_desc, [row, start], buffer)
+        store_tile(c_desc, [matrix, row, start], buffer)
 
 
 @gluon.jit
 def multiply(
-    INDEX: gl.constexpr, a_ring, b_ring, more_ring, full, empty, c_desc, staging, bias_ptr,
-    workspace_ptr, flags_ptr, M, N, steps, whole, lanes,
-    stride_sm, stride_sn, alpha, beta, epilogue,
+    INDEX: gl.constexpr, a_ring, b_ring, more_ring, full, empty, turns, c_desc, staging, bias_ptr,
+    workspace_ptr, flags_ptr, batch, M, N, steps, whole, lanes, stride_sb, stride_sm, stride_sn,
+    alpha, beta, epilogue,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
     GROUP_M: gl.constexpr, BUFFERS: gl.constexpr, A_K_MAJOR: gl.constexpr, B_K_MAJOR: gl.constexpr,
     HAS_BIAS: gl.constexpr, HAS_OPERANDS: gl.constexpr, ACTIVATION: gl.constexpr,
-    STREAM_K: gl.constexpr, PDL: gl.constexpr,
+    STREAM_K: gl.constexpr, ALTERNATE: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
-    """The partition of the warpgroup that has a tile's INDEX-th rows."""
+    """The partition of the warpgroup that has a tile's INDEX-th rows.
+
+    With ALTERNATE the ring must hold all of a tile: a slot is free when both have had their turn.
+    """
     ROWS: gl.constexpr = BLOCK_M // CONSUMERS
     COLUMNS: gl.constexpr = first_columns(BLOCK_N)
     MORE: gl.constexpr = BLOCK_N - COLUMNS
@@ -326,9 +352,10 @@ def multiply(
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
     grid_m = gl.cdiv(M, BLOCK_M)
     grid_n = gl.cdiv(N, BLOCK_N)
-    tiles = grid_m * grid_n
+    tiles = batch * grid_m * grid_n
     slot = gl.to_tensor(0)
     phase = gl.to_tensor(0)
+    turn = gl.to_tensor(1 - INDEX)  # the first may multiply at once
     mine = gl.program_id(0) * CONSUMERS + INDEX
     partial_ptr = workspace_ptr
     flag_ptr = flags_ptr
@@ -339,27 +366,24 @@ def multiply(
     count, begin, end = items_of(tiles, whole, lanes, steps, STREAM_K)
     for i in range(0, count + gl.cdiv(end, steps) - begin // steps):
         tile, first, last = item_at(i, count, begin, end, whole, lanes, steps, STREAM_K)
-        pid_m, pid_n = grouped_tile(tile, grid_m, grid_n, GROUP_M)
+        matrix, pid_m, pid_n = place_of(tile, grid_m, grid_n, GROUP_M)
         row = pid_m * BLOCK_M + INDEX * ROWS
         column = pid_n * BLOCK_N
         acc = gl.zeros([ROWS, COLUMNS], gl.float32, layout)
         if MORE > 0:
             more_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, MORE, 16])
             more = gl.zeros([ROWS, MORE], gl.float32, more_layout)
+        if ALTERNATE:
+            mbarrier.wait(turns.index(INDEX), turn)
+            turn ^= 1
         for step in range(first, last):
             mbarrier.wait(full.index(slot), phase)
-            a = a_ring.index(slot * CONSUMERS + INDEX)
-            b = b_ring.index(slot)
-            if not A_K_MAJOR:
-                a = a.permute((1, 0))
-            if B_K_MAJOR:
-                b = b.permute((1, 0))
+            a = operand_of(a_ring.index(slot * CONSUMERS + INDEX), A_K_MAJOR)
+            b = operand_of(b_ring.index(slot), not B_K_MAJOR)
             acc = warpgroup_mma(a, b, acc, is_async=True)
             # The step before has been multiplied: its slot may be filled again.
             if MORE > 0:
-                b = more_ring.index(slot)
-                if B_K_MAJOR:
-                    b = b.permute((1, 0))
+                b = operand_of(more_ring.index(slot), not B_K_MAJOR)
                 more = warpgroup_mma(a, b, more, is_async=True)
                 acc, more = warpgroup_mma_wait(num_outstanding=2, deps=[acc, more])
             else:
@@ -372,20 +396,22 @@ def multiply(
         else:
             pieces = pieces_of(warpgroup_mma_wait(num_outstanding=0, deps=[acc]), WIDTH)
         mbarrier.arrive(empty.index(slot_before(slot, STAGES)))
+        if ALTERNATE:
+            mbarrier.arrive(turns.index(1 - INDEX))
         if STREAM_K:
             others = others_of(tile, last, tiles, whole, lanes, steps)
             if first > 0:
                 give(pieces, partial_ptr, flag_ptr)
             else:
                 write(
-                    pieces, row, column, others, lanes, c_desc, staging, bias_ptr, partial_ptr,
-                    flag_ptr, M, N, stride_sm, stride_sn, alpha, beta, epilogue,
-                    INDEX, BUFFERS, HAS_BIAS, HAS_OPERANDS, ACTIVATION, STREAM_K,
+                    pieces, matrix, row, column, others, lanes, c_desc, staging, bias_ptr,
+                    partial_ptr, flag_ptr, M, N, stride_sb, stride_sm, stride_sn, alpha, beta,
+                    epilogue, INDEX, BUFFERS, HAS_BIAS, HAS_OPERANDS, ACTIVATION, STREAM_K,
                 )  # fmt: skip
         else:
             write(
-                pieces, row, column, 0, lanes, c_desc, staging, bias_ptr, partial_ptr,
-                flag_ptr, M, N, stride_sm, stride_sn, alpha, beta, epilogue,
+                pieces, matrix, row, column, 0, lanes, c_desc, staging, bias_ptr, partial_ptr,
+                flag_ptr, M, N, stride_sb, stride_sm, stride_sn, alpha, beta, epilogue,
                 INDEX, BUFFERS, HAS_BIAS, HAS_OPERANDS, ACTIVATION, STREAM_K,
             )  # fmt: skip
     tma.store_wait(pendings=0)
@@ -423,14 +449,14 @@ def slots_of(desc, COUNT: gl.constexpr):
 
 
 # Sizes differ from call to call, and no address is computed from them.
-@gluon.jit(do_not_specialize=["M", "N", "steps", "whole", "lanes"])
+@gluon.jit(do_not_specialize=["batch", "M", "N", "steps", "whole", "lanes"])
 def gemm_hopper_kernel(
     a_desc, b_desc, more_desc, c_desc, bias_ptr, workspace_ptr, flags_ptr,
-    M, N, steps, whole, lanes, stride_sm, stride_sn, alpha, beta, epilogue,
+    batch, M, N, steps, whole, lanes, stride_sb, stride_sm, stride_sn, alpha, beta, epilogue,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
     GROUP_M: gl.constexpr, BUFFERS: gl.constexpr, A_K_MAJOR: gl.constexpr, B_K_MAJOR: gl.constexpr,
     HAS_BIAS: gl.constexpr, HAS_OPERANDS: gl.constexpr, ACTIVATION: gl.constexpr,
-    STREAM_K: gl.constexpr, PDL: gl.constexpr,
+    STREAM_K: gl.constexpr, ALTERNATE: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     a_ring = slots_of(a_desc, STAGES * CONSUMERS)
     b_ring = slots_of(b_desc, STAGES)
@@ -441,36 +467,54 @@ def gemm_hopper_kernel(
     staging = slots_of(c_desc, CONSUMERS * BUFFERS)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    turns = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(CONSUMERS):
+        mbarrier.init(turns.index(i), count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=CONSUMERS)
     fence_async_shared()
     specialize(
         (
-            a_ring, b_ring, more_ring, full, empty, c_desc, staging, bias_ptr,
-            workspace_ptr, flags_ptr, M, N, steps, whole, lanes, stride_sm, stride_sn, alpha, beta,
-            epilogue, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, GROUP_M, BUFFERS, A_K_MAJOR, B_K_MAJOR,
-            HAS_BIAS, HAS_OPERANDS, ACTIVATION, STREAM_K, PDL,
+            a_ring, b_ring, more_ring, full, empty, turns, c_desc, staging, bias_ptr,
+            workspace_ptr, flags_ptr, batch, M, N, steps, whole, lanes,
+            stride_sb, stride_sm, stride_sn, alpha, beta, epilogue,
+            BLOCK_M, BLOCK_N, BLOCK_K, STAGES, GROUP_M, BUFFERS, A_K_MAJOR, B_K_MAJOR,
+            HAS_BIAS, HAS_OPERANDS, ACTIVATION, STREAM_K, ALTERNATE, PDL,
         ),
         (
             a_desc, b_desc, more_desc, a_ring, b_ring, more_ring, full, empty,
-            M, N, steps, whole, lanes, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, GROUP_M,
+            batch, M, N, steps, whole, lanes, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, GROUP_M,
             A_K_MAJOR, B_K_MAJOR, STREAM_K, PDL,
         ),
     )  # fmt: skip
 
 
-def _descriptor(matrix: torch.Tensor, rows: int, block_k: int) -> tuple[TensorDescriptor, bool]:
-    """A descriptor of a (rows, K) operand's tiles, and whether they are contiguous along K."""
-    if matrix.stride(1) == 1:
-        return _tiles_of(matrix, [rows, block_k]), True
-    return _tiles_of(matrix.T, [block_k, rows]), False
+def _descriptor(matrices: torch.Tensor, rows: int, block_k: int) -> tuple[TensorDescriptor, bool]:
+    """A descriptor of a (B, rows, K) operand's tiles, and whether they are contiguous along K."""
+    if matrices.stride(2) == 1:
+        return _tiles_of(matrices, rows, block_k), True
+    return _tiles_of(matrices.mT, block_k, rows), False
 
 
-def _tiles_of(matrix: torch.Tensor, block: list[int]) -> TensorDescriptor:
+def _tiles_of(matrices: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
+    block = [1, rows, columns]
     # 16-bit elements, all of them; the layout needs only their width.
     layout = gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16)
-    return TensorDescriptor.from_tensor(matrix, block, layout)
+    return TensorDescriptor(matrices, list(matrices.shape), tma_strides(matrices), block, layout)
+
+
+def staged_pieces(config: GemmConfig, shared_memory: int) -> int:
+    """Pieces of a consumer's result that fit beside the ring; they divide a tile's.
+
+    Else a tile's first piece would go to where one of the last ones may still be read from.
+    """
+    slot = (config.block_m + config.block_n) * config.block_k * 2
+    room = shared_memory - config.num_stages * slot - 1024
+    width = piece_of(config.block_n)
+    most = room // (config.block_m * width * 2)
+    pieces = config.block_n // width
+    return max(n for n in range(1, pieces + 1) if pieces % n == 0 and (n <= most or n == 1))
 
 
 def gemm_hopper(
@@ -488,18 +532,19 @@ def gemm_hopper(
     """Writes epilogue(alpha · a @ b + beta · bias) to `out`.
 
     Args:
-        a: (M, K), fp16 or bf16; a unit stride and 16-byte aligned rows.
-        b: (K, N), a's dtype, likewise.
-        bias: (M, N), any strides (0 where it broadcasts), or None.
-        out: (M, N), fp16 or bf16, contiguous and 16-byte aligned rows.
+        a: (B, M, K), fp16 or bf16; of M and K one with stride 1, the other strides positive
+            multiples of 16 bytes, and so the address.
+        b: (B, K, N), a's dtype, likewise.
+        bias: (B, M, N), any strides (0 where it broadcasts), or None.
+        out: (B, M, N), fp16 or bf16, as a, and contiguous along N.
         alpha: factor of the product.
         beta: factor of the bias.
         config: the tile and the ring, and whether the last tiles are divided.
         device: where.
-        epilogue: what follows.
+        epilogue: what follows; with operands only for B = 1.
     """
-    M, K = a.shape
-    N = b.shape[1]
+    batch, M, K = a.shape
+    N = b.shape[2]
     rows = config.block_m // HOPPER_CONSUMERS
     columns = first_columns(config.block_n)
     more_columns = config.block_n - columns
@@ -508,26 +553,28 @@ def gemm_hopper(
     more_desc = None
     if more_columns > 0:
         more_desc, _ = _descriptor(b.mT, more_columns, config.block_k)
-    share = shares(M, N, K, config, device.num_sms)
+    share = shares(batch, M, N, K, config, device.num_sms)
     flags = workspace = None
     if share.divided:
         flags = arrival_counters(share.programs * HOPPER_CONSUMERS, out.device)
     if flags is None:
-        share = shares(M, N, K, replace(config, stream_k=False), device.num_sms)
+        share = shares(batch, M, N, K, replace(config, stream_k=False), device.num_sms)
     else:
         sums = share.programs * config.block_m * config.block_n
         workspace = torch.empty(sums, dtype=torch.float32, device=out.device)
     gemm_hopper_kernel[(share.programs,)](
-        a_desc, b_desc, more_desc, _tiles_of(out, [rows, piece_of(config.block_n)]),
+        a_desc, b_desc, more_desc, _tiles_of(out, rows, piece_of(config.block_n)),
         a if bias is None else bias, workspace, flags,
-        M, N, triton.cdiv(K, config.block_k), share.whole, share.lanes,
-        *bias_strides(bias)[-2:],
+        batch, M, N, triton.cdiv(K, config.block_k), share.whole, share.lanes,
+        *bias_strides(bias),
         float(alpha), float(beta), epilogue.arguments,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
-        STAGES=config.num_stages, GROUP_M=config.group_m, BUFFERS=128 // rows,
+        STAGES=config.num_stages, GROUP_M=config.group_m,
+        BUFFERS=staged_pieces(config, device.shared_memory),
         A_K_MAJOR=a_k_major, B_K_MAJOR=b_k_major,
         HAS_BIAS=bias is not None, HAS_OPERANDS=len(epilogue.tensors) > 0,
         ACTIVATION=epilogue.activation, STREAM_K=flags is not None,
+        ALTERNATE=config.alternate and triton.cdiv(K, config.block_k) <= config.num_stages,
         num_warps=4,  # of the first partition
         **launch_options(device),
     )  # fmt: skip

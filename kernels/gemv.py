@@ -145,8 +145,8 @@ def gemv_kernel(
     stride_cs, stride_cb, stride_cm, stride_cn,
     alpha, beta, epilogue,
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr,
-    LANE: tl.constexpr, EVEN_K: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
-    WIDE: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    LANE: tl.constexpr, K_MAJOR: tl.constexpr, EVEN_K: tl.constexpr, HAS_BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr, WIDE: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     wait_for_producers(PDL)
     tiles = tl.cdiv(N, BLOCK_N)
@@ -169,7 +169,7 @@ def gemv_kernel(
     b_ptrs = b_ptr + offs_n[:, None] * stride_bn + offs_k[None, :] * stride_bk
     sums, _ = stream(
         a_ptr, None, None, (), (b_ptrs,), (step_b,), offs_k, mask_n, K, stride_am, stride_ak, 0.0,
-        ROWS, BLOCK_N, BLOCK_K, step_k, LANE, True, EVEN_K, WIDE, STAGES,
+        ROWS, BLOCK_N, BLOCK_K, step_k, LANE, K_MAJOR, EVEN_K, WIDE, STAGES,
     )  # fmt: skip
 
     release_dependents(PDL)
@@ -188,8 +188,13 @@ def gemv_kernel(
 
 def lane(b: torch.Tensor) -> int:
     """Elements along K that a thread reads in one piece of 16 bytes from a (…, K, N) operand."""
-    pieces = b.stride(-1) * b.element_size() % 16 == 0 and b.data_ptr() % 16 == 0
-    return 16 // b.element_size() if b.stride(-2) == 1 and pieces else 1
+    return 16 // b.element_size() if b.stride(-2) == 1 else 1
+
+
+def _has_pieces(b: torch.Tensor) -> bool:
+    """Whether each column of a (B, K, N) operand, contiguous along K, starts at 16 bytes."""
+    steps = (b.stride(0) * (b.shape[0] > 1), b.stride(2) * (b.shape[2] > 1))
+    return all(n % 16 == 0 for n in (b.data_ptr(), *(b.element_size() * step for step in steps)))
 
 
 def gemv(
@@ -203,10 +208,10 @@ def gemv(
     config: GemmConfig,
     epilogue: Epilogue = NO_EPILOGUE,
 ) -> None:
-    """Writes epilogue(alpha · a @ b + beta · bias) to `out`, for at most 2 rows in `a`.
+    """Writes epilogue(alpha · a @ b + beta · bias) to `out`, for few rows in `a`.
 
     Args:
-        a: (B, M, K), M ≤ 2, fp16, bf16 or fp32, any strides.
+        a: (B, M, K), M ≤ 2, or 4 where b's rows are not aligned; fp16, bf16 or fp32, any strides.
         b: (B, K, N), a's dtype, any strides.
         bias: (B, M, N), any strides (0 where it broadcasts), or None.
         out: (B, M, N), any strides without overlap.
@@ -221,6 +226,10 @@ def gemv(
     batch, M, K = a.shape
     N = b.shape[2]
     split_k = config.split_k
+    along_k, k_major = lane(b), True
+    if along_k > 1 and not _has_pieces(b):
+        # Neighbouring threads read neighbouring elements, and each adds up its own of a step.
+        along_k, k_major = max(1, config.block_k // (32 * config.num_warps)), False
     gemv_kernel[(triton.cdiv(N, config.block_n) * batch, split_k)](
         a, b, a if bias is None else bias, product.target,
         N, K,
@@ -230,7 +239,7 @@ def gemv(
         *product.strides,
         float(alpha), float(beta), epilogue.arguments,
         ROWS=M, BLOCK_N=config.block_n, BLOCK_K=config.block_k, SPLIT_K=split_k,
-        LANE=lane(b), EVEN_K=K % (config.block_k * split_k) == 0,
+        LANE=along_k, K_MAJOR=k_major, EVEN_K=K % (config.block_k * split_k) == 0,
         HAS_BIAS=bias is not None and split_k == 1, ACTIVATION=epilogue.activation,
         WIDE=can_overflow_int32(a, b, out, *(() if bias is None else (bias,)), *epilogue.tensors),
         STAGES=config.num_stages, num_warps=config.num_warps,

@@ -14,10 +14,10 @@ from triton_only_backend.kernels.gemm_choice import (
     general_config,
     heuristic_config,
     hopper_choice,
+    pointer_config,
     select_config,
 )
 from triton_only_backend.kernels.gemm_configs import (
-    NEED_ALIGNED,
     EpilogueTraits,
     GemmConfig,
     GemmProblem,
@@ -26,10 +26,10 @@ from triton_only_backend.kernels.gemm_configs import (
     with_registers,
     with_staging,
 )
-from triton_only_backend.kernels.gemm_tma import gemm_tma, has_aligned_rows, rows_between
+from triton_only_backend.kernels.gemm_tma import gemm_tma, has_aligned_rows
 from triton_only_backend.kernels.gemv import gemv
 from triton_only_backend.kernels.limits import DTYPES
-from triton_only_backend.kernels.pack import pack
+from triton_only_backend.kernels.realign import realign_product
 
 
 def precision_of(operand: torch.Tensor) -> str:
@@ -71,6 +71,28 @@ def is_aligned(operand: torch.Tensor) -> bool:
         and batch * size % 16 == 0
         and operand.data_ptr() % 16 == 0
     )
+
+
+def problem_of(a: torch.Tensor, b: torch.Tensor) -> GemmProblem:
+    """What a configuration is chosen by, of operands (B, M, K) and (B, K, N)."""
+    batch, M, K = a.shape
+    return GemmProblem(
+        batch=batch,
+        M=bucket(M),
+        N=bucket(b.shape[2]),
+        K=K,
+        element_size=a.element_size(),
+        ieee=a.dtype == torch.float32 and precision_of(a) == "ieee",
+        a_k_contiguous=a.stride(2) == 1,
+        b_k_contiguous=b.stride(1) == 1,
+        aligned=K > 0 and is_aligned(a) and is_aligned(b),  # no descriptor is of no element
+    )
+
+
+def has_steps(tensor: torch.Tensor) -> bool:
+    """Whether a descriptor goes from matrix to matrix of a (B, rows, columns) tensor."""
+    step = tensor.stride(0) * tensor.element_size()
+    return tensor.shape[0] == 1 or (step > 0 and step % 16 == 0)
 
 
 def epilogue_traits(
@@ -117,22 +139,15 @@ def matmul(
     device = hardware.of(out.device)
     if out.numel() == 0:
         return
-    batch, M, K = a.shape
+    batch, M, _ = a.shape
     N = b.shape[2]
     bias = None if bias is None or beta == 0 else bias.expand(batch, M, N)
-    problem = GemmProblem(
-        batch=batch,
-        M=bucket(M),
-        N=bucket(N),
-        K=K,
-        element_size=a.element_size(),
-        ieee=a.dtype == torch.float32 and precision_of(a) == "ieee",
-        a_k_contiguous=a.stride(2) == 1,
-        b_k_contiguous=b.stride(1) == 1,
-        aligned=K > 0 and is_aligned(a) and is_aligned(b),  # no descriptor is of no element
-    )
+    problem = problem_of(a, b)
     config = select_config(problem, device)
     with hardware.guard(out):
+        if config.realign:
+            a, b = realign_product(a, b, is_aligned(a), is_aligned(b))
+            problem = problem_of(a, b)
         if not 0 < config.columns < N:
             launch(a, b, bias, out, alpha, beta, epilogue, problem, config)
             return
@@ -175,11 +190,6 @@ def launch(
 ) -> None:
     """The kernel that `config` names, on operands as `matmul` takes them, the bias expanded."""
     device = hardware.of(out.device)
-    if config.kernel in NEED_ALIGNED and not problem.aligned:
-        off = [not is_aligned(a), not is_aligned(b)]
-        copies = iter(pack([x for x, is_off in zip((a, b), off, strict=True) if is_off]))
-        a, b = (next(copies) if is_off else x for x, is_off in zip((a, b), off, strict=True))
-        problem = replace(problem, aligned=True)
     if config.kernel == "ring_linear":
         if is_linear(bias, out, alpha, beta):
             # Gluon is there only with Triton for Hopper.
@@ -194,25 +204,27 @@ def launch(
     if config.kernel == "gemm_hopper":
         row_bias = None if bias is None else bias[0]
         fitting = with_registers(config, epilogue_traits(out[0], row_bias, epilogue))
-        if fitting is not None:
+        even = bias is None or bias.stride(0) % 16 == 0
+        if fitting is not None and even and all(has_steps(t) for t in (a, b, out)):
             # Gluon is there only with Triton for Hopper.
             from triton_only_backend.kernels.gemm_hopper import gemm_hopper
 
             gemm_hopper(
-                a[0], b[0], row_bias, out[0],
+                a, b, bias, out,
                 alpha=alpha, beta=beta, config=fitting, device=device, epilogue=epilogue,
             )  # fmt: skip
             return
-        config = hopper_choice(problem, device)[1]
-    elif config.kernel == "gemm_tma" and None in (rows_between(a), rows_between(b)):
-        config = general_config(problem, device, regular=False)
+        if problem.batch == 1:
+            config = replace(hopper_choice(problem, device)[1], realign=config.realign)
+        else:
+            config = pointer_config(problem, device)
     if config.kernel == "gemv":
         gemv(a, b, bias, out, alpha=alpha, beta=beta, config=config, epilogue=epilogue)
     elif config.kernel == "gemm_tma":
         row_bias = None if bias is None else bias[0]
         config = with_staging(config, problem, epilogue_traits(out[0], row_bias, epilogue), device)
         gemm_tma(
-            a, b, bias, out,
+            a[0], b[0], row_bias, out[0],
             alpha=alpha, beta=beta, config=config, num_sms=device.num_sms, epilogue=epilogue,
         )  # fmt: skip
     else:

@@ -18,6 +18,7 @@ import itertools
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -117,17 +118,6 @@ def gemm() -> None:
 
 
 @problem
-def pack() -> None:
-    """One and two matrices, along rows and along columns, of odd sizes."""
-    from triton_only_backend.kernels.pack import pack
-
-    x, y = randn(2, 33, 301), randn(1, 301, 17).mT
-    for matrices in ([x], [x, y], [x[:, :, ::2]]):
-        for matrix, packed in zip(matrices, pack(matrices), strict=True):
-            assert torch.equal(matrix, packed)
-
-
-@problem
 def gemm_tma() -> None:
     """Both layouts of both operands, stored by descriptors and by pointers."""
     from triton_only_backend.kernels.gemm_configs import GemmConfig
@@ -135,10 +125,6 @@ def gemm_tma() -> None:
 
     if not HAS_TMA:
         return
-    config = GemmConfig("gemm_tma", 64, 64, 64, 1, 8, 4, 3)
-    for M in (64, 72):
-        a, b, out = randn(3, M, 136), randn(3, 104, 136).mT, randn(3, M, 104)
-        gemm_tma(a, b, out, out, alpha=1.0, beta=1.0, config=config, num_sms=5)
     M, N, K = 72, 104, 136
     for split_k, halves, transposed in ((1, False, False), (3, False, True), (1, True, False)):
         a = randn(K, M).T if transposed else randn(M, K)
@@ -148,13 +134,12 @@ def gemm_tma() -> None:
         )
         for bias in (None, randn(N).expand(M, N)):
             out = randn(M, N)
-            one = (a[None], b[None], None if bias is None else bias[None], out[None])
-            gemm_tma(*one, alpha=0.5, beta=2.0, config=config, num_sms=5)
+            gemm_tma(a, b, bias, out, alpha=0.5, beta=2.0, config=config, num_sms=5)
 
 
 @problem
 def gemm_hopper() -> None:
-    """Each tile, whole and divided, both layouts of both operands, with and without an epilogue."""
+    """Each tile, whole and divided, both layouts, with and without an epilogue, one and batched."""
     from triton_only_backend.kernels import hardware
     from triton_only_backend.kernels.epilogue import NO_EPILOGUE, Epilogue
     from triton_only_backend.kernels.gemm_configs import HOPPER_TILES, GemmConfig
@@ -172,8 +157,25 @@ def gemm_hopper() -> None:
         out, bias = randn(M, N), randn(N).expand(M, N)
         how = {"alpha": 0.5, "beta": 2.0, "config": config, "device": device}
         epilogue = Epilogue("silu", None, 1.0, randn(M, N))
-        gemm_hopper(randn(M, K), randn(N, K).T, bias, out, epilogue=epilogue, **how)
-        gemm_hopper(randn(K, M).T, randn(K, N), None, out, epilogue=NO_EPILOGUE, **how)
+        gemm_hopper(
+            randn(1, M, K), randn(1, N, K).mT, bias[None], out[None], epilogue=epilogue, **how
+        )
+        how["epilogue"] = NO_EPILOGUE
+        gemm_hopper(randn(1, K, M).mT, randn(1, K, N), None, out[None], **how)
+        out = randn(3, M, N)
+        gemm_hopper(randn(3, M, K), randn(3, N, K).mT, bias.expand(3, M, N), out, **how)
+        how["config"] = replace(config, alternate=True)
+        gemm_hopper(randn(3, M, 128), randn(3, 128, N), None, out, **how)
+
+
+@problem
+def realign() -> None:
+    """One operand and two, of either layout and of none, in batches."""
+    from triton_only_backend.kernels.realign import realign
+
+    for x in (randn(1, 37, 495), randn(3, 21, 70).mT, randn(2, 9, 100)[:, ::2, 1::3]):
+        realign([x])
+        realign([randn(2, 130, 513), x])
 
 
 @problem

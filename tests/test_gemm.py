@@ -256,43 +256,8 @@ def test_descriptor_kernel(a_layout, b_layout, with_bias, split_k, dtype, device
             torch.full((M, N), float("nan"), device=device, dtype=dtype),
             torch.full((N, M + 1), float("nan"), device=device, dtype=dtype).T[:M],
         ):
-            with_batch = (a[None], b[None], None if bias is None else bias[None], out[None])
-            gemm_tma(*with_batch, alpha=0.5, beta=2.0, config=config, num_sms=5)
+            gemm_tma(a, b, bias, out, alpha=0.5, beta=2.0, config=config, num_sms=5)
             assert_as_accurate(out, vendor, exact)
-
-
-@pytest.mark.parametrize("size", [(64, 72, 160), (40, 72, 152), (128, 64, 64)], ids=str)
-@pytest.mark.parametrize("with_bias", [False, True], ids=["plain", "bias"])
-@pytest.mark.parametrize("b_layout", ["row", "column"])
-@pytest.mark.parametrize("apart", ["near", "far", "same"])
-def test_descriptor_kernel_of_a_batch(size, apart, b_layout, with_bias, device):
-    """Tiles that end with their matrix and that reach into the next; matrices with room between."""
-    from triton_only_backend.kernels.gemm_configs import GemmConfig
-    from triton_only_backend.kernels.gemm_tma import gemm_tma
-
-    M, N, K = size
-    if b_layout == "row":
-        K = 160  # rows of K: no tile may reach past them
-    dtype, batch, more = torch.bfloat16, 3, 8 if apart == "far" else 0
-    a = torch.randn(batch, M + more, K, device=device).to(dtype)[:, :M]
-    if b_layout == "column":
-        b = torch.randn(batch, N + more, K, device=device).to(dtype)[:, :N].mT
-    else:
-        b = torch.randn(batch, K + more, N, device=device).to(dtype)[:, :K]
-    if apart == "same":
-        b = b[:1].expand(batch, K, N)
-    bias = torch.randn(batch, 1, N, device=device).to(dtype).expand(batch, M, N)
-    vendor = torch.baddbmm(bias, a, b) if with_bias else a @ b
-    exact = a.double() @ b.double() + (bias.double() if with_bias else 0)
-    for swap, halves in ((False, False), (True, False), (False, True)):
-        config = GemmConfig("gemm_tma", 64, 32, 32, 1, 8, 4, 3, swap, store_halves=halves)
-        whole = torch.full((batch, M + more, N), float("nan"), device=device, dtype=dtype)
-        out = whole[:, :M]
-        gemm_tma(
-            a, b, bias if with_bias else None, out, alpha=1.0, beta=1.0, config=config, num_sms=5
-        )
-        assert_as_accurate(out, vendor, exact)
-        assert whole[:, M:].isnan().all()
 
 
 @pytest.mark.parametrize("columns", [32, 64, 72, 96])
@@ -318,44 +283,6 @@ def test_columns_apart(columns, device):
     operands = (a[0], b[0], bias, multiplier, residual)
     exact = reference(*[x.double() for x in operands])
     assert_as_accurate(out[0], reference(*operands), exact)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_packed_rows_are_aligned(dtype, device):
-    from triton_only_backend.kernels.matmul import is_aligned
-    from triton_only_backend.kernels.pack import pack
-
-    x = torch.randn(2, 33, 301, device=device).to(dtype)
-    y = torch.randn(301, 17, device=device).to(dtype)[1:]
-    some = [x, y.T[None], x[:, 1:, ::3], x[:, :, 2:3], y[None].expand(3, 300, 17)]
-    for first in some:
-        for matrices in ([first], [first, x]):
-            for matrix, packed in zip(matrices, pack(matrices), strict=True):
-                assert torch.equal(matrix, packed)
-                assert is_aligned(packed)
-                assert packed.stride(2) == 1 or matrix.stride(2) != 1
-
-
-@pytest.mark.parametrize("M", [3, 40, 130])
-@pytest.mark.parametrize("unaligned", ["a", "b", "both"])
-@pytest.mark.parametrize("b_layout", ["row", "column"])
-def test_unaligned_operands_are_packed_for_descriptors(M, unaligned, b_layout, device):
-    from triton_only_backend.kernels import tuned
-    from triton_only_backend.kernels.gemm_configs import GemmConfig
-
-    def odd(rows, columns, is_odd):
-        whole = torch.randn(rows, 384, device=device).to(torch.bfloat16)
-        return whole[:, 1 : columns + 1] if is_odd else whole[:, :columns]
-
-    a = odd(M, 333, unaligned != "b")
-    rows, columns = (333, 77) if b_layout == "row" else (77, 333)
-    b = odd(rows, columns, unaligned != "a")
-    b = b if b_layout == "row" else b.T
-    bias = torch.randn(77, device=device).to(torch.bfloat16)
-    with tuned.forcing("gemm", GemmConfig("gemm_tma", 64, 32, 32, 1, 8, 4, 3)):
-        out = ours.addmm(bias, a, b)
-    exact = a.double() @ b.double() + bias.double()
-    assert_as_accurate(out, torch.addmm(bias, a, b), exact)
 
 
 def test_alignment(device):

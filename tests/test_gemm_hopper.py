@@ -14,7 +14,6 @@ from test_gemm import assert_as_accurate
 from triton_only_backend.kernels.gemm_choice import general_config, heuristic_config
 from triton_only_backend.kernels.gemm_configs import (
     HOPPER_TILES,
-    NEED_ALIGNED,
     EpilogueTraits,
     GemmConfig,
     GemmProblem,
@@ -111,13 +110,14 @@ SIZES = [
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=name_of)
+@pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("size", SIZES, ids=lambda s: "x".join(map(str, s)))
-def test_every_step_of_every_tile_is_multiplied_once(kernel, size, config):
+def test_every_step_of_every_tile_is_multiplied_once(kernel, size, batch, config):
     """And who owns a tile waits for those that have the rest of it, each with lower ids."""
     M, N, K = size
-    share = shares(M, N, K, config, 132)
+    share = shares(batch, M, N, K, config, 132)
     assert share.programs <= 132 and share.programs % share.lanes == 0
-    tiles = Int(-(-M // config.block_m) * -(-N // config.block_n))
+    tiles = Int(batch * -(-M // config.block_m) * -(-N // config.block_n))
     steps = Int(-(-K // 64))
     kernel.programs = Int(share.programs)
     whole, lanes = Int(share.whole), Int(share.lanes)
@@ -151,11 +151,11 @@ def test_every_step_of_every_tile_is_multiplied_once(kernel, size, config):
 
 def test_runs_are_equal():
     """256 × 6144: 96 tiles of 128 × 128, of which each of 66 workers of two has 46 or 47 steps."""
-    share = shares(256, 6144, 4096, config_of(128, 128, stream_k=True), 132)
+    share = shares(1, 256, 6144, 4096, config_of(128, 128, stream_k=True), 132)
     assert share == (132, 0, 2, True)
     large = config_of(128, 256, stream_k=True)
-    assert shares(4096, 28672, 4096, large, 132) == (132, 26 * 132, 4, True)
-    assert shares(132 * 128, 256, 512, large, 132) == (132, 132, 1, False)
+    assert shares(1, 4096, 28672, 4096, large, 132) == (132, 26 * 132, 4, True)
+    assert shares(1, 132 * 128, 256, 512, large, 132) == (132, 132, 1, False)
 
 
 # What is chosen
@@ -168,7 +168,7 @@ def test_the_choice_is_supported_and_has_a_reason():
             config = heuristic_config(problem, H200)
             assert supports(problem, config, H200)
             if config.kernel == "gemm_hopper":
-                assert config.stream_k == shares(M, N, K, config, 132).divided
+                assert config.stream_k == shares(1, M, N, K, config, 132).divided
     # 512 × 6144 is 128 tiles of 128 × 192.
     config = heuristic_config(PROBLEM, H200)
     assert (config.kernel, config.block_m, config.block_n) == ("gemm_hopper", 128, 192)
@@ -178,7 +178,7 @@ def test_only_where_it_runs(monkeypatch):
     config = config_of(128, 256)
     assert supports(PROBLEM, config, H200)
     for problem in (
-        replace(PROBLEM, batch=2),
+        replace(PROBLEM, aligned=False),
         replace(PROBLEM, element_size=4),
     ):
         assert not supports(problem, config, H200)
@@ -203,10 +203,10 @@ def test_only_where_it_runs(monkeypatch):
             cached.cache_clear()
 
 
-@pytest.mark.parametrize(("M", "copies"), [(4, False), (64, False), (256, True), (4096, True)])
+@pytest.mark.parametrize(("M", "copies"), [(4, False), (64, True), (256, True), (4096, True)])
 def test_unaligned_operands_are_copied_where_that_pays(M, copies):
     problem = GemmProblem(1, M, 5333, 495, 2, False, True, True, aligned=False)
-    assert (heuristic_config(problem, H200).kernel in NEED_ALIGNED) is copies
+    assert heuristic_config(problem, H200).realign is copies
 
 
 def test_what_the_epilogue_leaves():
@@ -221,6 +221,47 @@ def test_what_the_epilogue_leaves():
         EpilogueTraits(2, 2, operands_aligned=False),
     ):
         assert with_registers(large, traits) is None
+
+
+def test_batches_take_it():
+    """Attention written out and experts; few rows and other architectures do not."""
+    scores = GemmProblem(8, 2048, 2048, 128, 2, False, True, True)
+    config = heuristic_config(scores, H200)
+    assert (config.kernel, config.alternate, config.stream_k) == ("gemm_hopper", True, False)
+    values = heuristic_config(GemmProblem(8, 2048, 128, 2048, 2, False, True, False), H200)
+    assert (values.kernel, values.block_m, values.block_n) == ("gemm_hopper", 128, 128)
+    experts = replace(scores, M=512, N=4096, K=14336)
+    assert heuristic_config(experts, H200).kernel == "gemm_hopper"
+    once = heuristic_config(GemmProblem(64, 128, 2048, 1408, 2, False, True, True), H200)
+    assert (once.kernel, once.block_m, once.block_n) == ("gemm_hopper", 128, 128)
+    for problem, device in (
+        (replace(scores, M=16), H200),
+        (replace(experts, M=64), H200),
+        (replace(scores, element_size=4), H200),
+        (scores, replace(H200, arch="sm100")),
+    ):
+        assert heuristic_config(problem, device).kernel == "gemm"
+    for problem in (scores, experts, replace(scores, M=16)):
+        assert supports(problem, heuristic_config(problem, H200), H200)
+
+
+def test_a_row_whose_k_ends_within_a_step_has_no_pipeline():
+    config = heuristic_config(GemmProblem(64, 1, 2048, 128, 2, False, True, True), H200)
+    assert config == GemmConfig("gemv", 1, 32, 128, 1, 1, 4, 1)
+    longer = heuristic_config(GemmProblem(64, 1, 128, 2048, 2, False, True, True), H200)
+    assert (longer.kernel, longer.num_stages) == ("gemv", 4)
+
+
+@pytest.mark.parametrize("tile", HOPPER_TILES, ids=str)
+def test_no_piece_is_staged_where_the_one_before_may_be_read(tile):
+    """A tile's pieces go round the staging buffers a whole number of times."""
+    from triton_only_backend.kernels.gemm_hopper import piece_of, staged_pieces
+
+    config, width = config_of(*tile), piece_of(tile[1])
+    for stages in range(2, HOPPER_TILES[tile] + 1):
+        count = staged_pieces(replace(config, num_stages=stages), H200.shared_memory)
+        assert config.block_n // width % count == 0
+    assert staged_pieces(replace(config, num_stages=2), H200.shared_memory) == tile[1] // width
 
 
 # What it computes
@@ -246,12 +287,14 @@ for fields in json.loads(sys.argv[1]):
         bias = torch.empty(N, **like) if with_operands else None
         epilogue = Epilogue("silu", None, 1.0, torch.empty(M, N, **like) if with_operands else None)
         with tuned.forcing("gemm", config):
+            if config.alternate:
+                a, b = a[:, :, :128], b[:, :128]
             matmul(a, b, bias, out, epilogue=epilogue)
         (kernel,) = compiled
         ptx = kernel.asm["ptx"]
         print(json.dumps(dict(
             name=kernel.name, spilled=kernel.spilled, shared=kernel.shared_memory,
-            wgmma="wgmma.mma" in ptx, specialised="setmaxnreg" in ptx, stores="bulk.tensor.2d.global" in ptx,
+            wgmma="wgmma.mma" in ptx, specialised="setmaxnreg" in ptx, stores="bulk.tensor.3d.global" in ptx,
         )))
         compiled.clear()
 """
@@ -270,15 +313,17 @@ def check_compiled(rows: list[dict]) -> None:
 
 
 def test_compiles_without_spills():
-    tiles = [config_of(128, 256, stream_k=True), config_of(128, 192), config_of(128, 96)]
+    alternate = replace(config_of(256, 128), num_stages=3, alternate=True)
+    tiles = [config_of(128, 256, stream_k=True), config_of(128, 192), config_of(128, 96), alternate]
     rows = compile_all(tiles)
-    assert len(rows) == 9
+    assert len(rows) == 12
     check_compiled(rows)
 
 
 @pytest.mark.exhaustive
 def test_every_configuration_compiles_without_spills():
     check_compiled(compile_all(CONFIGS))
+    check_compiled(compile_all([replace(config, alternate=True) for config in CONFIGS]))
 
 
 @pytest.fixture
@@ -295,8 +340,9 @@ def product(a, b, out, config, hardware, bias=None, epilogue=None):
     from triton_only_backend.kernels.epilogue import NO_EPILOGUE
     from triton_only_backend.kernels.gemm_hopper import gemm_hopper
 
+    whole = [x if x is None or x.dim() == 3 else x[None] for x in (a, b, bias, out)]
     gemm_hopper(
-        a, b, bias, out, alpha=0.5, beta=2.0, config=config, device=hardware,
+        *whole, alpha=0.5, beta=2.0, config=config, device=hardware,
         epilogue=epilogue or NO_EPILOGUE,
     )  # fmt: skip
     return out
@@ -318,6 +364,49 @@ def test_as_accurate_as_the_vendors(config, layout, hopper, device):
         assert_as_accurate(out, 0.5 * (a @ b), 0.5 * (a.double() @ b.double()))
         again = torch.full_like(out, float("nan"))
         assert torch.equal(product(a, b, again, config, hopper), out)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", ["k-major", "other", "heads"])
+@pytest.mark.parametrize("config", CONFIGS, ids=name_of)
+def test_batches(config, layout, hopper, device):
+    """Whose matrices end within tiles; with `alternate` where the ring holds a tile's operands."""
+    dtype = torch.bfloat16 if layout == "k-major" else torch.float16
+    for M, N, K in ((200, 328, 128), (128, 128, 72), (513, 136, 520)):
+        config = replace(config, alternate=K <= 128)
+        rows = M // 8 * 8 if layout == "other" else M
+        a = torch.randn(5, rows, K, device=device).to(dtype)
+        b = torch.randn(5, N, K, device=device).to(dtype).mT
+        if layout == "other":
+            a, b = a.mT.contiguous().mT, b.contiguous()
+        elif layout == "heads":
+            a = torch.randn(rows, 5, K, device=device).to(dtype).transpose(0, 1)
+        bias = torch.randn(5, rows, 1, device=device).to(dtype).expand(5, rows, N)
+        for added in (None, bias, torch.randn(5, rows, N, device=device).to(dtype)):
+            out = torch.full((5, rows, N), float("nan"), device=device, dtype=dtype)
+            product(a, b, out, config, hopper, added)
+            exact, vendor = 0.5 * (a.double() @ b.double()), 0.5 * (a @ b)
+            if added is not None:
+                vendor = torch.baddbmm(added, a, b, beta=2.0, alpha=0.5)
+                exact += 2 * added.double()
+            assert_as_accurate(out, vendor, exact)
+            again = torch.full_like(out, float("nan"))
+            assert torch.equal(product(a, b, again, config, hopper, added), out)
+
+
+@pytest.mark.gpu
+def test_batches_that_no_descriptor_takes(hopper, device):
+    """An operand of one matrix for all, an output in fp32, one whose rows are not aligned."""
+    like = {"device": device, "dtype": torch.bfloat16}
+    ours = torch.ops.triton_only
+    a, b = torch.randn(3, 200, 128, **like), torch.randn(3, 128, 328, **like)
+    one = torch.randn(1, 128, 328, **like).expand(3, 128, 328)
+    assert_as_accurate(ours.bmm(a, one), a @ one, a.double() @ one.double())
+    wide = ours.bmm(a, b, out_dtype=torch.float32)
+    assert wide.dtype == torch.float32
+    assert_as_accurate(wide, a.float() @ b.float(), a.double() @ b.double())
+    odd = torch.randn(3, 331, 128, **like).mT
+    assert_as_accurate(ours.bmm(a, odd), a @ odd, a.double() @ odd.double())
 
 
 @pytest.mark.gpu

@@ -584,7 +584,7 @@ def test_epilogue_in_every_product_kernel(split_k, swap, kernel, device):
     if kernel == "gemm_tma":
         for halves in (False, True):
             config = replace(config, store_halves=halves)
-            gemm_tma(a[None], b[None], bias[None], out[None], config=config, num_sms=3, **common)
+            gemm_tma(a, b, bias, out, config=config, num_sms=3, **common)
     elif kernel == "gemm":
         gemm(a[None], b[None], bias[None], out[None], config=config, precision="ieee", **common)
     else:

@@ -44,15 +44,14 @@ def compiled_as(job: Job, num_sms: int) -> Hashable:
         return job
     p, c = job.problem, replace(job.config, resident=1, reduce_block=512)
     rows, columns = (p.N, p.M) if c.swap_operands else (p.M, p.N)
-    tiles = -(-rows // c.block_m) * -(-columns // c.block_n) * c.split_k
+    tiles = p.batch * -(-rows // c.block_m) * -(-columns // c.block_n) * c.split_k
     return (
         c, p.element_size, p.ieee, p.a_k_contiguous, p.b_k_contiguous, p.aligned, p.batch == 1,
-        p.batch % 16 == 0,
         tiles <= num_sms * job.config.resident, c.stream_k and tiles % num_sms == 0,
         p.K % (c.block_k * c.split_k) == 0,
         *((size == 1, size % 16 == 0) for size in (p.M, p.N, p.K)),
         rows if c.kernel == "gemv" else None,
-        p.K if c.kernel == "ring_linear" else None,
+        p.K if c.kernel == "ring_linear" or c.realign or c.alternate else None,
     )  # fmt: skip
 
 

@@ -17,14 +17,15 @@ from triton_only_backend.kernels.gemm_choice import fit_stages, heuristic_config
 from triton_only_backend.kernels.gemm_configs import (
     GEMV_MAX_ROWS,
     HOPPER_TILES,
-    NEED_ALIGNED,
     GemmConfig,
     GemmProblem,
+    can_realign,
     has_descriptors,
     shares,
     supports,
     with_ring,
 )
+from triton_only_backend.kernels.realign_choice import realign_us
 from triton_only_backend.kernels.ring_configs import RING_PRODUCT_ROWS, RingConfig, ring_fits
 from triton_only_backend.kernels.sizes import next_power_of_2
 
@@ -118,6 +119,11 @@ def space(problem: GemmProblem, hardware: Hardware) -> Iterator[GemmConfig]:
             config = replace(config, swap_operands=swap)
             if supports(problem, config, hardware):
                 yield config
+    if can_realign(problem, hardware):
+        for config in space(problem.realigned, hardware):
+            config = replace(config, realign=True)
+            if supports(problem, config, hardware):
+                yield config
 
 
 def _gemv(problem: GemmProblem) -> Iterator[GemmConfig]:
@@ -157,15 +163,12 @@ def _tiles(problem: GemmProblem, hardware: Hardware) -> Iterator[GemmConfig]:
     columns = [b for b in (16, 32, 64, 128, 256) if b <= max(16, next_power_of_2(problem.N))]
     # A row of 128 bytes is what the tensor cores of Hopper and the copy engine take at once.
     depths = [b // size for b in (64, 128, 256, 512) if b >= 128 or not hardware.has_wgmma]
-    small = problem.ieee or not problem.aligned
-    if small and not _packs(problem, hardware):
+    if not problem.aligned or problem.ieee:
         rows, columns, depths = (
             [b for b in rows if b <= 128],
             [b for b in columns if b <= 64],
             [16, 32],
         )
-    elif small:
-        depths = [32, *depths]
     for block_m, block_n, block_k in itertools.product(rows, columns, depths):
         if block_k > max(16, next_power_of_2(problem.K)) or block_m * block_n < 512:
             continue
@@ -183,18 +186,16 @@ def _tiles(problem: GemmProblem, hardware: Hardware) -> Iterator[GemmConfig]:
                 yield from _pipelines(problem, hardware, tile)
 
 
-def _packs(problem: GemmProblem, hardware: Hardware) -> bool:
-    """Whether unaligned operands are copied for the kernels on descriptors."""
-    half = not problem.aligned and problem.element_size == 2 and problem.K > 0
-    return half and has_descriptors(hardware)
-
-
 def _warp_specialised(problem: GemmProblem) -> Iterator[GemmConfig]:
     for (block_m, block_n), stages in HOPPER_TILES.items():
         for stream_k in (False, True):
             for group in (8, 16) if problem.M > 2048 else (16,):
                 tile = (block_m, block_n, 64, 1, group, 8, stages)
                 yield GemmConfig("gemm_hopper", *tile, stream_k=stream_k)
+        if math.ceil(problem.K / 64) <= stages:
+            for depth in (stages, stages - 1):
+                tile = (block_m, block_n, 64, 1, 16, 8, depth)
+                yield GemmConfig("gemm_hopper", *tile, alternate=True)
 
 
 def _splits(
@@ -222,10 +223,8 @@ def _pipelines(
         )  # fmt: skip
         return [stages for stages in (fitting, fitting - 1) if stages >= 2]
 
-    small = problem.ieee or not problem.aligned
-    most = 3 if small else 6
-    fits = not small or (block_m <= 128 and block_n <= 64 and block_k <= 32)
-    for resident in (1, 2, 3) if fits else ():
+    most = 3 if not problem.aligned or problem.ieee else 6
+    for resident in (1, 2, 3):
         for stages in depths(resident, 0, most):
             yield GemmConfig("gemm", *tile, stages)
     if not has_descriptors(hardware):
@@ -245,16 +244,17 @@ def _pipelines(
 
 def cost_us(problem: GemmProblem, config: GemmConfig, hardware: Hardware) -> float:
     """The model's time in microseconds: ranks, and is no promise."""
+    if config.realign:
+        copied = cost_us(problem.realigned, replace(config, realign=False), hardware)
+        return realign_us(problem) + copied
     rates = _rates(problem, hardware)
     read = _bytes(problem) / rates.memory
     seen = problem.transposed if config.swap_operands else problem
     extra = 0.0
-    if not problem.aligned and config.kernel in NEED_ALIGNED:
-        extra += 2.5 + 2 * read
     if config.split_k > 1:
-        extra += 2.5 + 8 * config.split_k * problem.batch * problem.M * problem.N / rates.memory
+        extra = 2.5 + 8 * config.split_k * problem.batch * problem.M * problem.N / rates.memory
     if config.stream_k:
-        extra += SUMS_US * config.block_m * config.block_n / 32768
+        extra = SUMS_US * config.block_m * config.block_n / 32768
     if config.kernel == "gemv":
         blocks = problem.batch * math.ceil(seen.N / config.block_n) * config.split_k
         idle = max(1.0, hardware.num_sms / blocks)
@@ -327,8 +327,9 @@ def _resident(config: GemmConfig, stage: int, hardware: Hardware) -> int:
 def _tiles_each(seen: GemmProblem, config: GemmConfig, hardware: Hardware, resident: int) -> float:
     """How many tiles the busiest multiprocessor computes."""
     if config.kernel == "gemm_hopper":
-        share = shares(seen.M, seen.N, seen.K, config, hardware.num_sms)
+        share = shares(seen.batch, seen.M, seen.N, seen.K, config, hardware.num_sms)
         tiles = math.ceil(seen.M / config.block_m) * math.ceil(seen.N / config.block_n)
+        tiles *= seen.batch
         return math.ceil(share.whole / share.programs) + (tiles - share.whole) / share.programs
     tiles = seen.batch * math.ceil(seen.M / config.block_m) * math.ceil(seen.N / config.block_n)
     rounds, rest = divmod(tiles * config.split_k, hardware.num_sms * resident)
