@@ -39,6 +39,8 @@ from triton_only_backend.kernels.hopper_attention_configs import (
     select_hopper_flash,
     takes,
 )
+from triton_only_backend.kernels.hopper_backward_configs import select_hopper_backward
+from triton_only_backend.kernels.hopper_backward_configs import takes as takes_backward
 from triton_only_backend.kernels.matmul import precision_of
 
 Tensor = torch.Tensor
@@ -149,15 +151,29 @@ def backward(
         remedy = "expand them and repeat their heads, as triton_only.attention does"
         raise refuse("no gradient of operands that are broadcast", remedy, *given)
     grads = tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in x[:3])
+    grad_out, out = to_4d(grad_output, x.lead), to_4d(output, x.lead)
+    lse = logsumexp.reshape(x.query.shape[:3])
+    problem = _problem(x, options)
+    hopper = None
+    if device.has_gluon and takes_backward(x, grad_out, options):
+        hopper = select_hopper_backward(problem, device)
     with hardware.guard(query):
-        flash_attention_backward(
-            to_4d(grad_output, x.lead),
-            x.query, x.key, x.value, x.mask,
-            to_4d(output, x.lead), logsumexp.reshape(x.query.shape[:3]),
-            *grads,
-            is_causal=options.is_causal, scale=options.scale_of(query),
-            config=select_backward_config(_problem(x, options), device),
-            precision=precision_of(query), modifiers=options.modifiers(inputs.seed),
-        )  # fmt: skip
+        if hopper is not None:
+            # Here, as in `forward`.
+            from triton_only_backend.kernels.flash_attention_backward_hopper import (
+                flash_attention_backward_hopper,
+            )
+
+            flash_attention_backward_hopper(
+                grad_out, *x[:3], out, lse, *grads, is_causal=options.is_causal,
+                scale=options.scale_of(query), config=hopper,
+            )  # fmt: skip
+        else:
+            flash_attention_backward(
+                grad_out, *x[:4], out, lse, *grads,
+                is_causal=options.is_causal, scale=options.scale_of(query),
+                config=select_backward_config(problem, device),
+                precision=precision_of(query), modifiers=options.modifiers(inputs.seed),
+            )  # fmt: skip
     dq, dk, dv = (grad.view(t.shape) for grad, t in zip(grads, given, strict=True))
     return dq, dk, dv

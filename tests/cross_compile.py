@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +52,22 @@ def rows_of_gluon(program: str, forms: Sequence[Any]) -> Iterator[tuple[Any, Any
     for form, row in zip(forms, rows, strict=True):
         print(form, row)
         yield form, row
+
+
+def assembler_warnings(ptx: str) -> list[str]:
+    """What ptxas says of PTX for sm_90a beyond its registers: wgmma that is serialised, for one."""
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    tool = get_ptxas(90).path
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        done = subprocess.run(
+            [tool, "-arch=sm_90a", "-v", file.name, "-o", "/dev/null"],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [line for line in done.stderr.splitlines() if "(C" in line or "warning" in line]
 
 
 def rows_of(program: str, *arguments: str) -> list[Any]:

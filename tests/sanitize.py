@@ -394,6 +394,30 @@ def attention_on_hopper() -> None:
 
 
 @problem
+def attention_backward_on_hopper() -> None:
+    """Causal and full, whole and split, one tile of keys and several, ends that are not whole."""
+    from triton_only_backend.kernels.hopper_backward_configs import HopperBackwardConfig
+
+    if not HAS_GLUON:
+        return
+    from triton_only_backend.kernels.flash_attention_backward_hopper import (
+        flash_attention_backward_hopper,
+    )
+
+    shapes = ((333, 201), (70, 300), (130, 128))
+    for (len_q, len_kv), dim, is_causal, splits in itertools.product(
+        shapes, (64, 128), (False, True), (1, 2)
+    ):
+        q, k, v = randn(2, 4, len_q, dim), randn(2, 2, len_kv, dim), randn(2, 2, len_kv, dim)
+        flash_attention_backward_hopper(
+            randn(2, len_q, 4, dim).transpose(1, 2), q, k, v, randn(2, 4, len_q, dim),
+            randn(2, 4, len_q, dtype=FULL).abs() + 5, torch.empty_like(q), torch.empty_like(k),
+            torch.empty_like(v), is_causal=is_causal, scale=0.1,
+            config=HopperBackwardConfig(splits, 3),
+        )  # fmt: skip
+
+
+@problem
 def decode() -> None:
     """Few queries: keys whole and split, whatever the number of heads in a group."""
     for length, group, queries in ((7, 1, 1), (501, 4, 1), (4099, 8, 3), (1003, 3, 2)):
