@@ -24,6 +24,7 @@ from triton_only_backend.kernels.gemm_configs import (
 from triton_only_backend.kernels.hardware import Hardware
 
 H200 = Hardware("NVIDIA H200", "cuda", "sm90", 132, 232448)
+A100 = Hardware("NVIDIA A100", "cuda", "sm80", 108, 166912)
 PROBLEM = GemmProblem(1, 512, 6144, 4096, 2, False, True, True)
 
 
@@ -207,6 +208,17 @@ def test_only_where_it_runs(monkeypatch):
 def test_unaligned_operands_are_copied_where_that_pays(M, copies):
     problem = GemmProblem(1, M, 5333, 495, 2, False, True, True, aligned=False)
     assert heuristic_config(problem, H200).realign is copies
+
+
+@pytest.mark.parametrize("M", [1, 2])
+def test_few_rows_of_a_weight_that_lies_along_n(M):
+    """They stream through the copy engine; where K is contiguous, or without wgmma, by `gemv`."""
+    for N, K in ((10240, 8192), (4096, 4096), (1024, 1024)):
+        problem = GemmProblem(1, M, N, K, 2, False, True, False)
+        for seen in (problem, problem.transposed):
+            assert general_config(seen, H200).kernel in {"gemm_tma", "gemm"}
+            assert general_config(seen, A100).kernel == "gemv"
+        assert general_config(replace(problem, b_k_contiguous=True), H200).kernel == "gemv"
 
 
 def test_what_the_epilogue_leaves():
