@@ -88,6 +88,7 @@ SAMPLE: list[Call] = [
         (16, 28672, 4096, "bfloat16", "nn", "gated"),
         (16, 14336, 4096, "bfloat16", "nn", "wide multiplier residual"),
         (64, 1000, 1024, "bfloat16", "nn", "residual"),
+        (2, 5333, 495, "bfloat16", "nn", "residual"),
         (65, 5333, 495, "bfloat16", "nn", "residual"),
         (512, 14336, 4096, "bfloat16", "nn", "gated bias"),
         (1024, 14336, 4096, "bfloat16", "nn", "gated"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import sys
 import types
 import warnings
@@ -263,6 +264,8 @@ FORMS = [
 
 def compile_forms():
     """Prints a row of JSON for each form, in a process where Triton compiles."""
+    # PTX from a cache may be of another ptxas' version than the one that `assembler_warnings` asks.
+    os.environ["TRITON_ALWAYS_COMPILE"] = "1"
     compiled = cross_compile.compile_for("sm90")
     from triton_only_backend.kernels.flash_attention_backward_hopper import (
         flash_attention_backward_hopper,
