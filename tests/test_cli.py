@@ -125,6 +125,8 @@ def test_usage_errors_exit_with_2(arguments: tuple[str, ...]) -> None:
         (("bench", "gemm", "--shapes", "llama"), "--shapes 'llama' is not known"),
         (("bench", "gemm", "--m", "1,x"), "positive integers"),
         (("bench", "attention", "--kv-heads", "5"), "does not divide"),
+        (("bench", "attention", "--providers", "ours,flex"), "does not compare ours"),
+        (("bench", "attention", "--providers", "ours,fa3"), "'fa3' is not known"),
         (("bench", "model", "--model", "llama3"), 'did you mean "llama3-8b"?'),
         (("bench", "model", "--providers", "eager,tritononly"), "triton_only"),
         (("bench", "model", "--model", "llama-tiny", "--prompt", "600"), "shorter --prompt"),

@@ -45,7 +45,7 @@ TRAINING = AttentionProblem(2, 32, 8, 4096, 4096, 128, 128, 2, True, False)
     ("changes", "splits", "section_heads"),
     [
         ({}, 1, 16),
-        ({"is_causal": False}, 1, 16),
+        ({"is_causal": False}, 1, 8),
         ({"num_kv_heads": 32}, 1, 16),
         ({"head_dim": 64, "head_dim_v": 64}, 1, 16),
         # 64 tiles of keys: in four parts 256, of which some are short.

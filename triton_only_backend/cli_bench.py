@@ -57,8 +57,9 @@ def bench_attention(
     cases: Annotated[
         str,
         typer.Option(
-            help="causal, full, decode, training, all, or article (causal and decode, batch 1, as "
-            'many KV heads as heads, as in "CUDA-Free Inference for LLMs").'
+            help="causal, full, decode, training (forward and backward, causal), training-full, "
+            "all, or article (causal and decode, batch 1, as many KV heads as heads, as in "
+            '"CUDA-Free Inference for LLMs").'
         ),
     ] = "all",
     dtype: Annotated[str, typer.Option(help="bf16 or fp16.")] = "bf16",
@@ -73,6 +74,9 @@ def bench_attention(
         int | None, typer.Option(min=1, help="Of the prefill and training cases; 2 if not given.")
     ] = None,
     max_length: Annotated[int, typer.Option(min=512, help="Leave longer cases out.")] = 32768,
+    providers: Annotated[
+        str, typer.Option(help="Of these: ours, and cudnn, flash, efficient or math.")
+    ] = "ours,cudnn,flash,efficient,flex,math",
     plot: Plot = None,
     json_path: Json = None,
 ) -> None:
@@ -81,6 +85,12 @@ def bench_attention(
 
     if kv_heads is not None and attention_cases.HEADS % kv_heads:
         raise UsageError(f"--kv-heads {kv_heads} does not divide the 32 query heads")
+    names = tuple(
+        _choice("--providers", name.strip(), attention_cases.PROVIDERS)
+        for name in providers.split(",")
+    )
+    if "ours" not in names or not set(names) & set(attention.BACKENDS):
+        raise UsageError(f"--providers {providers} does not compare ours with a library's kernel")
     is_article = cases == attention_cases.ARTICLE
     kinds = [*attention_cases.KINDS, "all", attention_cases.ARTICLE]
     plan = attention_cases.Plan(
@@ -90,6 +100,7 @@ def bench_attention(
         max_length=max_length,
         head_dim=head_dim,
         batch=batch or (1 if is_article else attention_cases.PREFILL_BATCH),
+        providers=names,
     )
     raise typer.Exit(attention.run(plan, console(), json_path, _command_line(), plot))
 

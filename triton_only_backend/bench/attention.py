@@ -24,7 +24,7 @@ from triton_only_backend.bench.record import Record, format_value
 from triton_only_backend.timing import ceilings, measure, poison, repetitions, require_gpu
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from rich.console import Console
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from triton_only_backend.bench.attention_cases import Plan
     from triton_only_backend.timing import Ceilings
 
-PROVIDERS = ("ours", "cudnn", "flash", "efficient", "flex", "math")
 BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -45,7 +44,7 @@ MAX_CHECKED_GRADIENT = 4096
 MATH_SCORES = 1 << 31
 # Ours may err this much more than the best library kernel: P is rounded once more or less.
 ERROR_FACTOR = 2.0
-# … and its gradients this much more than the best fused kernel's: PyTorch's math kernel, which keeps
+# … and its gradients this much more than the best fused kernel's: PyTorch's math kernel, which has
 # P in fp32, is no measure.
 GRADIENT_FACTOR = 1.5
 
@@ -112,12 +111,13 @@ def our_call(case: Case) -> Callable[[Operands], torch.Tensor]:
 
 
 @torch.no_grad()
-def measure_case(case: Case, dtype: torch.dtype, limits: Ceilings) -> dict[str, Any]:
+def measure_case(
+    case: Case, dtype: torch.dtype, limits: Ceilings, providers: Sequence[str]
+) -> dict[str, Any]:
     """A row of the benchmark."""
     device = require_gpu()
     copies = make_operands(case, dtype, device)
-    is_training = case.kind == "training"
-    if is_training:
+    if case.is_training:
         for operands in copies:
             for operand in operands:
                 operand.requires_grad_()
@@ -128,13 +128,13 @@ def measure_case(case: Case, dtype: torch.dtype, limits: Ceilings) -> dict[str, 
     found: dict[str, tuple[torch.Tensor, ...]] = {}
     not_run: dict[str, str] = {}
     poison((case.batch, case.len_q, HEADS, case.head_dim), copies[0][0].detach())
-    for name in PROVIDERS:
+    for name in providers:
         call: Callable[[Operands], Any] = candidates[name]
         scores = case.batch * HEADS * case.len_q * case.len_kv
-        if name == "math" and scores * (2 if is_training else 1) > MATH_SCORES:
+        if name == "math" and scores * (2 if case.is_training else 1) > MATH_SCORES:
             not_run[name] = f"it would hold {scores:,} scores in memory"
             continue
-        if is_training:
+        if case.is_training:
             call = with_gradients(call)
         try:
             result = call(copies[0])
@@ -143,11 +143,11 @@ def measure_case(case: Case, dtype: torch.dtype, limits: Ceilings) -> dict[str, 
                 raise
             not_run[name] = str(refusal).splitlines()[0]
             continue
-        found[name] = result if is_training else (result,)
+        found[name] = result if case.is_training else (result,)
         calls[name] = call
     errors = reference_errors(case, copies[0], {name: out[0] for name, out in found.items()})
     gradients: dict[str, float] = {}
-    if is_training and case.len_q <= MAX_CHECKED_GRADIENT:
+    if case.is_training and case.len_q <= MAX_CHECKED_GRADIENT:
         gradients = gradient_errors(case, copies[0], found)
     found.clear()
     floor = limits.floor_us(case.bytes_moved(dtype.itemsize), case.flops)
@@ -236,15 +236,15 @@ def run(
     torch.manual_seed(0)
     title = f"attention, 32 heads of {plan.head_dim}, {plan.kv_heads} KV heads, {plan.dtype}"
     table = Table(title=title)
-    for heading in ("kind", "B", "Lq", "Lkv", *(f"{p} µs" for p in PROVIDERS), "speedup",
+    for heading in ("kind", "B", "Lq", "Lkv", *(f"{p} µs" for p in plan.providers), "speedup",
                     "of the floor", "TB/s", "TFLOP/s", "error", "library error"):  # fmt: skip
         table.add_column(heading, justify="left" if heading == "kind" else "right")
     for case in plan.cases():
-        row = measure_case(case, dtype, limits)
+        row = measure_case(case, dtype, limits, plan.providers)
         record.rows.append(row)
         record.summary = {**summarise(record.rows), "dtype": plan.dtype, "floor": limits.source}
         record.write(json_path)
-        keys = ("kind", "batch", "len_q", "len_kv", *(f"{p}_us" for p in PROVIDERS))
+        keys = ("kind", "batch", "len_q", "len_kv", *(f"{p}_us" for p in plan.providers))
         table.add_row(
             *(format_value(row.get(key)) for key in keys),
             f"{row['speedup']:.3f}",
@@ -261,5 +261,7 @@ def run(
     for name, why in sorted(reasons):
         console.print(f"{name} did not run: {why}", markup=False, highlight=False)
     if plot is not None:
-        plots.plot_attention(record.rows, PROVIDERS, plot, f"{title}, {record.environment['gpu']}")
+        plots.plot_attention(
+            record.rows, plan.providers, plot, f"{title}, {record.environment['gpu']}"
+        )
     return int(record.summary["wrong rows"] > 0)

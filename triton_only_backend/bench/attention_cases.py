@@ -3,7 +3,7 @@
 32 query heads of 128, as in Llama-3-8B, or of another head dimension. Prefill and training cases
 take queries, keys and values as a model's projections leave them, (batch, length, heads, 128)
 transposed; decode cases a cache, (batch, heads, length, 128), in enough copies that each call reads
-it from memory. A training case is a forward and its backward, causal.
+it from memory. A training case is a forward and its backward, causal or (training-full) not.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 HEADS, HEAD_DIM = 32, 128
-KINDS = ("causal", "full", "decode", "training")
+KINDS = ("causal", "full", "decode", "training", "training-full")
+PROVIDERS = ("ours", "cudnn", "flash", "efficient", "flex", "math")
 # The comparison of "CUDA-Free Inference for LLMs": prefill and decoding over one list of lengths.
 ARTICLE = "article"
 PREFILL_BATCH = 2
@@ -45,11 +46,16 @@ class Case:
         return self.kind in ("causal", "training")
 
     @property
+    def is_training(self) -> bool:
+        """Whether a backward follows."""
+        return self.kind.startswith("training")
+
+    @property
     def flops(self) -> int:
         """Operations of the products, masked scores left out: two, and five of a backward."""
         full = 4 * self.batch * HEADS * self.len_q * self.len_kv * self.head_dim
         full = full // 2 if self.is_causal else full
-        return full * 7 // 2 if self.kind == "training" else full
+        return full * 7 // 2 if self.is_training else full
 
     def bytes_moved(self, element_size: int) -> int:
         """The fewest bytes: operands read once, the output written once.
@@ -58,7 +64,7 @@ class Case:
         """
         query = self.batch * HEADS * self.len_q * self.head_dim
         moved = 2 * query + 2 * self.kv_elements
-        if self.kind == "training":
+        if self.is_training:
             moved += 4 * query + 4 * self.kv_elements
         return moved * element_size
 
@@ -79,6 +85,7 @@ class Plan:
         max_length: cases with more keys are left out.
         head_dim: of queries, keys and values.
         batch: of the prefill and training cases.
+        providers: of `PROVIDERS`, ours and a kernel of PyTorch's library among them.
     """
 
     kinds: str
@@ -87,6 +94,7 @@ class Plan:
     max_length: int
     head_dim: int = HEAD_DIM
     batch: int = PREFILL_BATCH
+    providers: tuple[str, ...] = PROVIDERS
 
     def cases(self) -> Iterator[Case]:
         """The cases, in order."""
