@@ -32,7 +32,6 @@ def without_gpu(monkeypatch):
     monkeypatch.setattr(attention, "measure", once)
     monkeypatch.setattr(attention, "flex_call", no_flex)
     monkeypatch.setattr(attention, "BACKENDS", {"math": attention.BACKENDS["math"]})
-    monkeypatch.setattr(attention, "PROVIDERS", ("ours", "flex", "math"))
     monkeypatch.setattr(attention_cases, "copies_for", lambda _: 1)
 
 
@@ -40,12 +39,13 @@ def without_gpu(monkeypatch):
 @pytest.mark.parametrize("kind", attention_cases.KINDS)
 def test_a_row_of_each_kind(kind, without_gpu):
     case = attention_cases.Case(kind, 1, 1 if kind == "decode" else 24, 24, 8, head_dim=16)
-    row = attention.measure_case(case, torch.float32, Ceilings(1e12, 1e12, "made up"))
+    limits = Ceilings(1e12, 1e12, "made up")
+    row = attention.measure_case(case, torch.float32, limits, ("ours", "flex", "math"))
     assert row["correct"]
     assert row["speedup"] == 1.0
     assert row["not_run"] == {"flex": "no FlexAttention here"}
     assert row["math_tflop_per_second"] == pytest.approx(case.flops / 2e6)
-    assert ("ours_gradient_error" in row) == (kind == "training")
+    assert ("ours_gradient_error" in row) == case.is_training
     assert row.get("ours_gradient_error", 0.0) < 1e-5
 
 
@@ -80,8 +80,9 @@ def test_what_is_asked_for_is_measured(arguments, kv_heads, batch, monkeypatch):
     ]
 
 
-def test_gradients_that_are_wrong_are_found(device):
-    case = attention_cases.Case("training", 2, 24, 24, 8, head_dim=16)
+@pytest.mark.parametrize("kind", ["training", "training-full"])
+def test_gradients_that_are_wrong_are_found(kind, device):
+    case = attention_cases.Case(kind, 2, 24, 24, 8, head_dim=16)
     operands = attention_cases.make_operands(case, torch.float32, torch.device(device))[0]
     for operand in operands:
         operand.requires_grad_()
@@ -99,6 +100,9 @@ def test_work_of_a_training_step():
     training = dataclasses.replace(case, kind="training")
     assert training.flops == case.flops // 2 * 7 // 2
     assert training.bytes_moved(2) == 3 * case.bytes_moved(2)
+    full = dataclasses.replace(case, kind="training-full")
+    assert full.flops == 2 * training.flops
+    assert full.bytes_moved(2) == training.bytes_moved(2)
 
 
 def test_the_plot_has_a_panel_for_each_kind(tmp_path):

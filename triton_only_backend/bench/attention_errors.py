@@ -28,16 +28,21 @@ def reference_errors(
             k, v = key[batch, head].double(), value[batch, head].double()
             for index in _head_blocks(head * group, group, case):
                 q = query[batch, index].double()
-                scores = q @ k.t() / math.sqrt(case.head_dim)
-                if case.is_causal:
-                    hidden = torch.ones_like(scores[0], dtype=torch.bool).triu(1)
-                    scores.masked_fill_(hidden, float("-inf"))
-                reference = scores.softmax(-1) @ v
+                reference = _probabilities(case, q, k) @ v
                 norm += float(reference.square().sum())
                 for name, output in outputs.items():
                     difference = output[batch, index].double() - reference
                     differences[name] += float(difference.square().sum())
     return {name: math.sqrt(total / norm) for name, total in differences.items()}
+
+
+def _probabilities(case: Case, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """softmax(q kᵀ / √d) (…, L_q, L_kv) of queries (…, L_q, d) and keys (…, L_kv, d)."""
+    scores = query @ key.mT / math.sqrt(case.head_dim)
+    if case.is_causal:
+        hidden = torch.ones_like(scores[0], dtype=torch.bool).triu(1)
+        scores = scores.masked_fill(hidden, float("-inf"))
+    return scores.softmax(-1)
 
 
 def _head_blocks(first: int, count: int, case: Case) -> Iterator[slice]:
@@ -65,9 +70,7 @@ def gradient_errors(
                 for t, h in zip(operands, heads, strict=True)
             ]
             with torch.enable_grad():
-                scores = exact[0] @ exact[1].mT / math.sqrt(case.head_dim)
-                hidden = torch.ones_like(scores[0], dtype=torch.bool).triu(1)
-                out = scores.masked_fill(hidden, float("-inf")).softmax(-1) @ exact[2]
+                out = _probabilities(case, exact[0], exact[1]) @ exact[2]
                 true = torch.autograd.grad(out, exact, output[batch, heads[0]].detach().double())
             for i, (grad, h) in enumerate(zip(grads, heads, strict=True)):
                 squares[i] += float((grad[batch, h].double() - true[i]).square().sum())
