@@ -51,25 +51,22 @@ def problem(function: Callable[[], None]) -> Callable[[], None]:
 
 
 def entry_kernels() -> dict[str, str]:
-    """The names of all kernels that a host function launches, each with its file."""
-    found = {}
+    """The names of all kernels that a host function launches, each with the file that defines it."""
+    # Under @triton.jit or, for this GPU, Gluon's.
+    decorators = ("triton.jit", "gluon.jit") if HAS_GLUON else ("triton.jit",)
+    defined: dict[str, str] = {}
+    launches: set[str] = set()
     for path in sorted(KERNELS.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                if any(ast.unparse(d).startswith(decorators) for d in node.decorator_list):
+                    defined[node.name] = path.name
             # kernel[grid](…)
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript):
+            elif isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript):
                 name = node.func.value
                 if isinstance(name, ast.Name):
-                    found[name.id] = path.name
-    return {name: file for name, file in found.items() if is_jit_function(name, file)}
-
-
-def is_jit_function(name: str, file: str) -> bool:
-    """Whether a file defines a function of this name under @triton.jit or, for this GPU, Gluon's."""
-    decorators = ("triton.jit", "gluon.jit") if HAS_GLUON else ("triton.jit",)
-    for node in ast.walk(ast.parse((KERNELS / file).read_text())):
-        if isinstance(node, ast.FunctionDef) and node.name == name:
-            return any(ast.unparse(d).startswith(decorators) for d in node.decorator_list)
-    return False
+                    launches.add(name.id)
+    return {name: file for name, file in defined.items() if name in launches}
 
 
 def count_launches() -> None:
@@ -414,6 +411,29 @@ def attention_backward_on_hopper() -> None:
             randn(2, 4, len_q, dtype=FULL).abs() + 5, torch.empty_like(q), torch.empty_like(k),
             torch.empty_like(v), is_causal=is_causal, scale=0.1,
             config=HopperBackwardConfig(splits, 3),
+        )  # fmt: skip
+
+
+@problem
+def attention_backward_ends() -> None:
+    """What goes before and after the kernel above, which runs elsewhere too."""
+    from triton_only_backend.kernels import hopper_backward_ends as ends
+
+    len_q, length, tiles = 70, 100, 2
+    for dim in (64, 128):
+        out, grad_out = randn(2, 3, len_q, dim), randn(2, len_q, 3, dim).transpose(1, 2)
+        lse = randn(2, 3, len_q, dtype=FULL)
+        statistics = randn(2 * 3, 2, 2, 64, dtype=FULL)
+        turns = torch.ones(2, 3, 2, dtype=torch.int32, device=DEVICE)
+        ends.tile_statistics_kernel[(2 * 3 * 2,)](
+            out, grad_out, lse, statistics, turns, *out.stride(), *grad_out.stride(), *lse.stride(),
+            2, 3, len_q, BLOCK_M=64, BLOCK_D=dim, num_warps=4,
+        )  # fmt: skip
+        sums = randn(2, 2 * 3, 2, tiles, 64 * dim, dtype=FULL)
+        dk, dv = randn(2, 3, length, dim), randn(2, length, 3, dim).transpose(1, 2)
+        ends.add_splits_kernel[(2 * 3 * tiles, 2)](
+            sums[0], sums[1], dk, dv, *dk.stride(), *dv.stride(), 0.5, tiles, 3, length, 2, ROWS=64,
+            BLOCK_D=dim, num_warps=4,
         )  # fmt: skip
 
 
