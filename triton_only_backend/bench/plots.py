@@ -47,9 +47,11 @@ def plot_ratios(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     axes = figure.add_subplot()
     axes.axhline(1.0, color="black", linewidth=0.8)
-    for (op, batch, N, K), points in lines.items():
+    for i, ((op, batch, N, K), points) in enumerate(lines.items()):
         what = f"{N} × {K}" if op == "mm" else f"{op} {batch} × {N} × {K}"
-        axes.plot(*zip(*sorted(points), strict=True), marker="o", markersize=3, label=what)
+        x, y = zip(*sorted(points), strict=True)
+        # The colours repeat after ten.
+        axes.plot(x, y, ("-", "--", ":")[i // 10 % 3], marker="o", markersize=3, label=what)
     axes.set_xscale("log", base=2)
     ticks = sorted({row["M"] for row in rows})
     axes.set_xticks(ticks, [str(M) for M in ticks])
