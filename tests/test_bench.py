@@ -23,6 +23,7 @@ from triton_only_backend.bench import (
     attention_cases,
     attention_errors,
     breakdown,
+    compile_ahead,
     gemm,
     generation,
     models,
@@ -30,7 +31,8 @@ from triton_only_backend.bench import (
     providers,
     record,
 )
-from triton_only_backend.kernels import tuned
+from triton_only_backend.kernels import hardware, tuned
+from triton_only_backend.kernels.gemm_choice import select_config
 from triton_only_backend.passes import pipeline
 
 if TYPE_CHECKING:
@@ -190,6 +192,7 @@ def test_bench_gemm_with_played_times(
     monkeypatch.setattr(gemm, "require_gpu", lambda: torch.device(device))
     monkeypatch.setattr(gemm, "ceilings", lambda dtype: timing.Ceilings(1e12, 1e12, "played"))
     monkeypatch.setattr(gemm, "copies_for", lambda size: 2)
+    monkeypatch.setattr(gemm, "compile_ahead", lambda plan, device: None)  # a process a core
     times = {gemm.OURS: 2.0, gemm.CUBLAS: 3.0, gemm.INDUCTOR: 4.0}
     shapes = []
 
@@ -213,6 +216,29 @@ def test_bench_gemm_with_played_times(
     assert written["summary"]["geomean speedup over Inductor"] == pytest.approx(2)
     assert "150%" not in text.getvalue() and "1.500" in text.getvalue()
     assert "24 × 40" in plot.read_text() or "<svg" in plot.read_text()
+
+
+@pytest.mark.parametrize("k_contiguous", [True, False])
+def test_what_is_compiled_ahead_is_what_runs(
+    k_contiguous: bool, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes = (gemm.Product("layer", 24, 40), gemm.Product("batch", 24, 40, "bmm", 3, 5))
+    monkeypatch.setitem(gemm.SHAPES, "small", shapes)
+    plan = gemm.Plan("small", "fp32", (4, 16), k_contiguous=k_contiguous)
+    here = hardware.of(torch.device(device))
+    ahead = [(job.problem.bucketed(), job.config) for job in compile_ahead.jobs(plan, here)]
+    ran = []
+    for layer, M in ((shapes[0], 4), (shapes[0], 16), (shapes[1], 5)):
+        a = torch.randn(3, M, 40, device=device)
+        weights = torch.randn(3, 24, 40, device=device)
+        b = weights.mT if k_contiguous else weights.mT.contiguous()
+        with tuned.recording() as recorded:
+            if layer.op == "mm":
+                torch.ops.triton_only.mm(a[0], b[0])
+            else:
+                torch.ops.triton_only.bmm(a, b)
+        ran += [(p.bucketed(), select_config(p, here)) for _, p in recorded]
+    assert ahead == ran
 
 
 def test_bench_gemm_notices_wrong_products(device: str, monkeypatch: pytest.MonkeyPatch) -> None:

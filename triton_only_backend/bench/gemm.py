@@ -17,6 +17,7 @@ from rich.table import Table
 
 from triton_only_backend import environment, inductor
 from triton_only_backend.bench import providers
+from triton_only_backend.bench.compile_ahead import compile_ahead
 from triton_only_backend.bench.gemm_shapes import SHAPES as SHAPES
 from triton_only_backend.bench.gemm_shapes import Product, products
 from triton_only_backend.bench.models import DTYPES
@@ -253,6 +254,7 @@ def run(
     limits = ceilings(dtype)
     record = Record(environment.collect(), command)
     torch.manual_seed(0)
+    compile_ahead(plan, device)
     for product in plan.products():
         batch = f", batch {product.batch}, {product.op}" if product.op != "mm" else ""
         title = f"{product.name}: N = {product.N}, K = {product.K}, {plan.dtype}{batch}"
