@@ -137,8 +137,9 @@ def check_launches(target: str, which: str) -> list[dict[str, Any]]:
     assert rows
     assert not [r for r in rows if r["shared"] > TARGETS[target][2].shared_memory]
     if target == "sm90":
-        # Two operands may spill. Of no weight: two or four registers that ptxas keeps on the stack.
-        assert not [r for r in rows if r["operands"] < 2 and r["spilled"] > 16]
+        # Two operands may spill. So do, up to 28 registers a tile behind the loop over K, GELU of 128
+        # sums a thread, and with Triton 3.7 rows that are not aligned; 20 the fp16 `gemv` of these.
+        assert not [r for r in rows if r["operands"] < 2 and r["spilled"] > 112]
     return rows
 
 
