@@ -74,7 +74,7 @@ class Int(int):
 @pytest.fixture
 def kernel(monkeypatch):
     """The functions of the kernel that say who computes what, for `kernel.program` of some."""
-    from triton_only_backend.kernels import gemm_hopper
+    from triton_only_backend.kernels import stream_k
 
     here = SimpleNamespace(program=Int(0), programs=Int(1))
     fake = SimpleNamespace(
@@ -89,10 +89,10 @@ def kernel(monkeypatch):
         int64=None,
     )
     for name in ("run_start", "first_run_behind", "items_of", "item_at", "others_of"):
-        function = getattr(gemm_hopper, name).fn
+        function = getattr(stream_k, name).fn
         setattr(here, name, function)
-        monkeypatch.setattr(gemm_hopper, name, function)
-    monkeypatch.setattr(gemm_hopper, "gl", fake)
+        monkeypatch.setattr(stream_k, name, function)
+    monkeypatch.setattr(stream_k, "gl", fake)
     return here
 
 
@@ -267,7 +267,8 @@ def test_a_row_whose_k_ends_within_a_step_has_no_pipeline():
 @pytest.mark.parametrize("tile", HOPPER_TILES, ids=str)
 def test_no_piece_is_staged_where_the_one_before_may_be_read(tile):
     """A tile's pieces go round the staging buffers a whole number of times."""
-    from triton_only_backend.kernels.gemm_hopper import piece_of, staged_pieces
+    from triton_only_backend.kernels.gemm_hopper import staged_pieces
+    from triton_only_backend.kernels.hopper_gemm_pipeline import piece_of
 
     config, width = config_of(*tile), piece_of(tile[1])
     for stages in range(2, HOPPER_TILES[tile] + 1):

@@ -1,0 +1,145 @@
+"""Stream-K: who computes which steps of which tiles, and how the sums of a tile come together.
+
+With STREAM_K the tiles that would leave a wave half empty are not given out whole. LANES programs,
+which compute neighbouring rows of tiles at the same time and so read the same of `b` together, are
+a worker, and each worker takes an equal run of the (tile, step of K)s, which begins and ends in the
+middle of tiles:
+
+    worker      0              1              2
+    steps       |──────────────|──────────────|──────────────|
+    tiles       |         |         |         |         |    …
+
+Who has a tile's first steps owns it. The others write their sums to a workspace, one tile a
+program, since only a run's first tile can begin elsewhere, and set a flag; the owner, when it has
+multiplied, waits for the flags, and adds in the order of the steps: the same bits in each run. An
+owner waits only for programs with lower ids, whose first deed of the run is that tile: they started
+before it, and wait for none. A flag has one writer and one reader, who sets it back to zero.
+
+Reference: "Stream-K: Work-centric Parallel Decomposition for Dense Matrix-Matrix Multiplication on
+the GPU" (arXiv 2301.03598).
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from triton_only_backend.kernels.gemm import grouped_tile
+from triton_only_backend.kernels.tma_ring import synchronize
+
+# Columns of a tile that are handed over, and written, at a time, of tiles whose columns it divides.
+PIECE = gl.constexpr(64)
+
+
+@gluon.jit
+def run_start(worker, total, workers):
+    """The first of a worker's share of `total` steps: the first workers have one more."""
+    return worker * (total // workers) + gl.minimum(worker, total % workers)
+
+
+@gluon.jit
+def first_run_behind(step, total, workers):
+    """The first worker whose run starts at a step or behind it."""
+    share = total // workers
+    longer = total % workers
+    among_longer = gl.cdiv(step, share + 1)
+    behind_them = longer + gl.cdiv(step - longer * (share + 1), share)
+    return gl.where(step <= longer * (share + 1), among_longer, behind_them)
+
+
+@gluon.jit
+def items_of(tiles, whole, lanes, steps, STREAM_K: gl.constexpr):
+    """How many tiles a program works on whole, and the run of steps that it has of the others."""
+    pid = gl.program_id(0)
+    programs = gl.num_programs(0)
+    begin = gl.to_tensor(0)
+    end = gl.to_tensor(0)
+    if STREAM_K:
+        workers = programs // lanes
+        worker = workers - 1 - pid // lanes
+        total = (tiles - whole) // lanes * steps
+        begin = run_start(worker, total, workers)
+        end = run_start(worker + 1, total, workers)
+    return gl.cdiv(whole - pid, programs), begin, end
+
+
+@gluon.jit
+def item_at(i, count, begin, end, whole, lanes, steps, STREAM_K: gl.constexpr):
+    """A program's i-th tile, and which of its steps are this program's."""
+    tile = gl.program_id(0) + i * gl.num_programs(0)
+    first = gl.to_tensor(0)
+    last = steps
+    if STREAM_K:
+        divided = i >= count
+        unit = begin // steps + i - count
+        tile = gl.where(divided, whole + unit * lanes + gl.program_id(0) % lanes, tile)
+        first = gl.where(divided, gl.maximum(begin - unit * steps, 0), 0)
+        last = gl.where(divided, gl.minimum(end - unit * steps, steps), steps)
+    return tile, first, last
+
+
+@gluon.jit
+def others_of(tile, last, tiles, whole, lanes, steps):
+    """How many workers have what is left of a tile, of which this program has the first steps."""
+    workers = gl.num_programs(0) // lanes
+    worker = workers - 1 - gl.program_id(0) // lanes
+    total = (tiles - whole) // lanes * steps
+    tile_end = ((tile - whole) // lanes + 1) * steps
+    behind = first_run_behind(tile_end, total, workers)
+    return gl.where(last < steps, behind - 1 - worker, 0)
+
+
+@gluon.jit
+def place_of(tile, grid_m, grid_n, GROUP_M: gl.constexpr):
+    """The matrix of the batch that a tile is in, and its coordinates there."""
+    each = grid_m * grid_n
+    pid_m, pid_n = grouped_tile(tile % each, grid_m, grid_n, GROUP_M)
+    return tile // each, pid_m, pid_n
+
+
+@gluon.jit
+def offsets_of(ROWS: gl.constexpr, LAYOUT: gl.constexpr):
+    """Where a piece's elements lie in the workspace, as `store_partial` sees it."""
+    offs_m = gl.arange(0, ROWS * PIECE // 512, layout=gl.SliceLayout(1, LAYOUT))
+    offs_n = gl.arange(0, 512, layout=gl.SliceLayout(0, LAYOUT))
+    return offs_m[:, None] * 512 + offs_n[None, :]
+
+
+@gluon.jit
+def store_partial(x, partial_ptr):
+    """Writes a piece so that each thread's elements are neighbours, by four: 16 bytes a store.
+
+    A thread has, of 64 rows and 8 columns, 2 columns of each of two rows that are 8 apart.
+    """
+    ROWS: gl.constexpr = x.shape[0]
+    layout: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [1, 4], [1, 0])
+    x = x.reshape([ROWS // 64, 4, 2, 8, PIECE // 8, 4, 2]).permute(0, 4, 1, 3, 5, 2, 6)
+    x = gl.convert_layout(x.reshape([ROWS * PIECE // 512, 512]), layout, assert_trivial=True)
+    gl.store(partial_ptr + offsets_of(ROWS, layout), x)
+
+
+@gluon.jit
+def load_partial(partial_ptr, ROWS: gl.constexpr):
+    """What `store_partial` wrote; past the L1 cache, which others' writes do not reach."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [1, 4], [1, 0])
+    x = gl.load(partial_ptr + offsets_of(ROWS, layout), cache_modifier=".cg")
+    x = x.reshape([ROWS // 64, PIECE // 8, 4, 8, 4, 2, 2]).permute(0, 2, 5, 3, 1, 4, 6)
+    of_piece: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PIECE, 16])
+    return gl.convert_layout(x.reshape([ROWS, PIECE]), of_piece, assert_trivial=True)
+
+
+@gluon.jit
+def give(pieces, partial_ptr, flag_ptr):
+    """Writes a program's sums of a tile that it does not own, and then its flag."""
+    for i in gl.static_range(len(pieces)):
+        store_partial(pieces[i], partial_ptr + i * (pieces[i].shape[0] * PIECE))
+    synchronize()  # thread 0's release is of all threads' writes
+    gl.atomic_xchg(flag_ptr, 1, sem="release", scope="gpu")
+
+
+@gluon.jit
+def take_flag(flag_ptr):
+    """Waits until a flag is set, and sets it back."""
+    seen = gl.atomic_cas(flag_ptr, 1, 0, sem="acquire", scope="gpu")
+    while seen == 0:
+        seen = gl.atomic_cas(flag_ptr, 1, 0, sem="acquire", scope="gpu")
