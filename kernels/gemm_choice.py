@@ -14,22 +14,19 @@ from triton_only_backend.kernels import tuned
 from triton_only_backend.kernels.batch_choice import batched_config, short_gemv
 from triton_only_backend.kernels.gemm_configs import (
     GEMV_MAX_ROWS,
-    HOPPER_TILES,
     SKINNY_MAX_ROWS,
     GemmConfig,
     GemmProblem,
-    shares,
     streams_through_ring,
     supports,
     with_ring,
 )
+from triton_only_backend.kernels.hopper_choice import hopper_config
 from triton_only_backend.kernels.realign_choice import should_realign, unaligned_gemv
 from triton_only_backend.kernels.ring_configs import select_ring
 from triton_only_backend.kernels.sizes import next_power_of_2
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from triton_only_backend.kernels.hardware import Hardware
 
 
@@ -69,7 +66,7 @@ def general_config(problem: GemmProblem, hardware: Hardware) -> GemmConfig:
     if problem.ieee:
         return _ieee(problem, hardware)
     if problem.element_size == 2 and hardware.has_wgmma and problem.batch == 1:
-        config = _hopper(problem, hardware)
+        config = hopper_config(problem, hardware)
         if config is not None:
             return config
     return batched_config(problem, hardware) or pointer_config(problem, hardware)
@@ -197,142 +194,6 @@ def fit_stages(
     if hardware.backend == "hip":  # the newest stage is in registers
         return max(1, min(most, memory // stage + 1))
     return max(1, min(most, (memory - 1024) // stage))
-
-
-# BLOCK_M, BLOCK_N, BLOCK_K, warps, stages, halves of the store; µs that one multiprocessor of an
-# H200 takes for such a tile with K = 4096, bf16 (one full wave, less 2.5 µs for launch and fill).
-_HOPPER_TILES = (
-    (64, 64, 128, 4, 6, False, 8.4),
-    (64, 128, 128, 4, 4, False, 14.3),
-    (64, 256, 64, 4, 5, True, 22.5),
-    (128, 128, 64, 8, 6, True, 22.6),
-    (128, 256, 64, 8, 4, True, 42.0),
-)
-_HOPPER_BYTES_PER_US = 4.2e6
-_HOPPER_REDUCTION_US = 5.0
-# A second launch must promise as much. With more rows it lost up to 9 % for all that it promised:
-# there the power limit sets the pace, and multiprocessors without work raise the others' clocks.
-_WHOLE_WAVES_GAIN, _WHOLE_WAVES_ROWS = 0.98, 512
-
-
-def _hopper(problem: GemmProblem, hardware: Hardware) -> GemmConfig | None:
-    """Descriptor kernels on Hopper; None where another kernel measured better."""
-    if min(problem.M, problem.N) <= 32:
-        if problem.M <= problem.N:
-            return _hopper_skinny(problem.transposed, hardware, swap=True)
-        return _hopper_skinny(problem, hardware, swap=False)
-    choices = [hopper_choice(problem, hardware)]
-    if hardware.has_gluon:
-        choices += _warp_specialised(problem, hardware)
-    if problem.M <= _WHOLE_WAVES_ROWS:
-        choices += _in_whole_waves(problem, hardware)
-    return min(choices, key=lambda choice: choice[0])[1]
-
-
-# Tiles of `gemm_hopper`, whether the last wave's are divided, and µs that a multiprocessor takes
-# for 64 of K on one, all of them at work; 96 and 160 columns reckoned from what shared memory moves
-# (see there), by the share of it that 192 reach. Its other tiles are level with `gemm_tma`'s.
-_WARP_SPECIALISED = (
-    ((128, 96), False, 0.345),
-    ((128, 160), False, 0.465),
-    ((128, 192), False, 0.525),
-    ((128, 256), True, 0.655),
-)
-# µs that dividing tiles costs: measured 15 to 24, from M = 256 to 1024.
-_DIVISION_US = 22.0
-
-
-def _warp_specialised(
-    problem: GemmProblem, hardware: Hardware
-) -> Iterator[tuple[float, GemmConfig]]:
-    """Configurations of `gemm_hopper`, and the time of each in µs.
-
-    Measured on an H200, bf16, µs (cuBLAS, `gemm_tma`): 512 × 6144 × 4096 36.4 (35.4, 41.9) in one
-    wave of 128 × 192; 256 × 10240 × 8192 69.7 (61.8, 81); 4096 × 57344 × 8192 5628 (5839, 6032),
-    the last wave divided.
-    """
-    read = (problem.M + problem.N) * problem.K * problem.element_size / _HOPPER_BYTES_PER_US
-    steps = math.ceil(problem.K / 64)
-    for (block_m, block_n), stream_k, step_us in _WARP_SPECIALISED:
-        stages = HOPPER_TILES[block_m, block_n]
-        config = GemmConfig(
-            "gemm_hopper", block_m, block_n, 64, 1, 16, 8, stages, stream_k=stream_k
-        )
-        share = shares(problem.batch, problem.M, problem.N, problem.K, config, hardware.num_sms)
-        if stream_k != share.divided:
-            continue
-        each = math.ceil(share.whole / share.programs) * steps  # of the busiest program
-        if stream_k:
-            tiles = math.ceil(problem.M / block_m) * math.ceil(problem.N / block_n)
-            each += math.ceil((tiles - share.whole) * steps / share.programs)
-        compute = 2.5 + each * step_us + (_DIVISION_US if stream_k else 0.0)
-        yield math.hypot(compute, read), config
-
-
-@functools.lru_cache(maxsize=4096)
-def hopper_choice(
-    problem: GemmProblem, hardware: Hardware, *, may_split: bool = True
-) -> tuple[float, GemmConfig]:
-    """The tiles and split of the persistent kernel with the least time, and that time in µs."""
-    read = (problem.M + problem.N) * problem.K * problem.element_size / _HOPPER_BYTES_PER_US
-    best: tuple[float, GemmConfig] | None = None
-    for block_m, block_n, block_k, warps, stages, halves, tile_us in _HOPPER_TILES:
-        tiles = math.ceil(problem.M / block_m) * math.ceil(problem.N / block_n)
-        for split_k in (1, 2, 4) if may_split else (1,):
-            if split_k > 1 and problem.K // split_k < 8 * block_k:
-                break
-            waves = math.ceil(tiles * split_k / hardware.num_sms)
-            compute = 2.5 + waves * tile_us * problem.K / split_k / 4096
-            if split_k > 1:
-                partials = 8 * split_k * problem.M * problem.N / _HOPPER_BYTES_PER_US
-                compute += _HOPPER_REDUCTION_US + partials
-            # Neither hides the other entirely.
-            cost = math.hypot(compute, read)
-            if best is None or cost < best[0]:
-                # 1024 × 4096 × 14336, one wave: 146 µs with 3 stages, 175 with 4.
-                large = block_m * block_n == 32768
-                depth = 3 if large and (waves == 1 or waves >= 5) else stages
-                config = GemmConfig(
-                    "gemm_tma", block_m, block_n, block_k, split_k, 16, warps, depth,
-                    store_halves=halves and not (large and waves >= 5),
-                )  # fmt: skip
-                best = (cost, config)
-    assert best is not None
-    return best
-
-
-def _in_whole_waves(problem: GemmProblem, hardware: Hardware) -> Iterator[tuple[float, GemmConfig]]:
-    """The largest tiles in whole waves, what is left in smaller ones; nothing if there is no gain.
-
-    Measured on an H200, bf16, µs in one launch, so, and cuBLAS: 512 × 28672 × 4096 162, 155, 153;
-    512 × 10240 × 8192 134, 114, 115; 256 × 57344 × 8192 368, 358, 318.
-    """
-    block_m, block_n = 128, 256
-    rows = math.ceil(problem.M / block_m)
-    waves = rows * math.ceil(problem.N / block_n) // hardware.num_sms
-    columns = waves * hardware.num_sms // rows * block_n
-    if not 0 < columns < problem.N:
-        return
-    cost, config = hopper_choice(replace(problem, N=columns), hardware, may_split=False)
-    rest, _ = hopper_choice(replace(problem, N=problem.N - columns), hardware, may_split=False)
-    if cost + rest <= _WHOLE_WAVES_GAIN * hopper_choice(problem, hardware)[0]:
-        yield cost + rest, replace(config, columns=columns)
-
-
-def _hopper_skinny(problem: GemmProblem, hardware: Hardware, *, swap: bool) -> GemmConfig | None:
-    """The problem comes with its long side, the weight's rows, as M; N ≤ 32."""
-    block_n = max(next_power_of_2(problem.N), 16)
-    blocks = math.ceil(problem.M / 64)
-    if blocks < hardware.num_sms // 3:
-        return None  # Too few rows to fill the GPU: split-K of the pointer kernel is faster.
-    if blocks >= 3 * hardware.num_sms:
-        shape = (128, block_n, 128, 4)
-    elif problem.K >= 8192:
-        shape = (64, block_n, 128, 8)
-    else:
-        shape = (64, block_n, 256, 4)
-    block_m, block_n, block_k, stages = shape
-    return GemmConfig("gemm_tma", block_m, block_n, block_k, 1, 8, 4, stages, swap)
 
 
 # Tile, warps, blocks that share a multiprocessor, relative speed of the tensor cores on it.

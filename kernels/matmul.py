@@ -13,7 +13,6 @@ from triton_only_backend.kernels.gemm import gemm
 from triton_only_backend.kernels.gemm_choice import (
     general_config,
     heuristic_config,
-    hopper_choice,
     pointer_config,
     select_config,
 )
@@ -28,6 +27,7 @@ from triton_only_backend.kernels.gemm_configs import (
 )
 from triton_only_backend.kernels.gemm_tma import gemm_tma, has_aligned_rows
 from triton_only_backend.kernels.gemv import gemv
+from triton_only_backend.kernels.hopper_choice import hopper_choice
 from triton_only_backend.kernels.limits import DTYPES
 from triton_only_backend.kernels.realign import realign_product
 
