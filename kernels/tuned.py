@@ -35,7 +35,7 @@ KERNELS = Path(__file__).parent
 SOURCES = {
     "gemm": (
         "gemm", "gemm_tma", "gemm_hopper", "hopper_gemm_pipeline", "stream_k", "ring_linear",
-        "tma_ring", "gemv", "split_k", "epilogue", "dependent_launch", "realign",
+        "ring_pipeline", "tma_ring", "gemv", "split_k", "epilogue", "dependent_launch", "realign",
     ),
     "flash_attention": ("flash_attention", "attention_tiles", "mask_spans", "dependent_launch"),
     "decode_attention": (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import json
 import logging
@@ -405,3 +406,25 @@ def test_what_would_leave_a_wave_half_empty_is_computed_apart(
     ):
         assert heuristic_config(other, H200).columns == 0
     heuristic_config.cache_clear()
+
+
+def test_what_the_kernels_are_made_of_is_in_their_hash():
+    """Every file whose jitted functions a file of `SOURCES` imports is in the same list."""
+
+    def jitted(tree):
+        functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+        marks = {f.name: [ast.unparse(d) for d in f.decorator_list] for f in functions}
+        return {name for name, of in marks.items() if "jit" in str(of) or "constexpr" in str(of)}
+
+    trees = {path.stem: ast.parse(path.read_text()) for path in tuned.KERNELS.glob("*.py")}
+    package = "triton_only_backend.kernels."
+    for kind, files in tuned.SOURCES.items():
+        imports = [
+            (name, node.module.removeprefix(package), {alias.name for alias in node.names})
+            for name in files
+            for node in ast.walk(trees[name])
+            if isinstance(node, ast.ImportFrom) and str(node.module).startswith(package)
+        ]
+        needed = {file for _, file, names in imports if names & jitted(trees[file])}
+        assert needed, kind
+        assert needed <= set(files), kind
