@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from triton_only_backend import interpreter
+from triton_only_backend import interpreter_mends
 
 pytestmark = pytest.mark.cpu
 
@@ -163,9 +163,9 @@ def test_libdevice_computes(name, dtype):
     from triton.runtime.interpreter import TensorHandle
 
     numbers = np.array([0.25, 1.5, 2.0, 7.0], dtype=np.float32)
-    data = interpreter.bfloat16_bits(numbers) if dtype == tl.bfloat16 else numbers
+    data = interpreter_mends.bfloat16_bits(numbers) if dtype == tl.bfloat16 else numbers
     x = tl.core.tensor(TensorHandle(data, dtype), tl.block_type(dtype, [4]))
-    result = getattr(interpreter.Libdevice(), name)(*([x, x] if name == "pow" else [x]))
+    result = getattr(interpreter_mends.Libdevice(), name)(*([x, x] if name == "pow" else [x]))
     reference = {"pow": lambda t: t**t, "llrint": lambda t: t.round().long()}
     expected = reference.get(name, getattr(torch, name, None))(torch.from_numpy(numbers))
     actual = result.handle.data
@@ -189,7 +189,7 @@ def test_reductions_with_an_index_find_nan(size):
 
 def test_libdevice_names_what_it_lacks():
     with pytest.raises(AttributeError, match="no_such_function has no counterpart"):
-        interpreter.Libdevice().no_such_function  # noqa: B018
+        interpreter_mends.Libdevice().no_such_function  # noqa: B018
 
 
 def test_works_after_triton_was_imported_and_says_so_once():
