@@ -26,7 +26,6 @@ from typing import TYPE_CHECKING
 import torch
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from triton_only_backend.kernels import attention_modifiers
 from triton_only_backend.kernels.attention_configs import without_tma
@@ -46,6 +45,7 @@ from triton_only_backend.kernels.attention_tiles import (
 )
 from triton_only_backend.kernels.mask_spans import broadcast_mask_spans, span_of_tile
 from triton_only_backend.kernels.sizes import next_power_of_2, padded_head_dim
+from triton_only_backend.kernels.tma_layout import tma_can_load, tma_descriptor
 
 if TYPE_CHECKING:
     from triton_only_backend.kernels.attention_configs import FlashConfig
@@ -251,41 +251,6 @@ def flash_attention_kernel(
 def heads_in_cache(bytes_of_group: int, group_size: int, num_heads: int) -> int:
     """How many of `num_heads` heads run at the same time: groups whose tensors share the cache."""
     return min(num_heads, max(1, L2_SECTION_BYTES // max(1, bytes_of_group)) * group_size)
-
-
-def tma_can_load(tensor: torch.Tensor) -> bool:
-    """Whether the tensor memory accelerator takes this layout: dense last dimension, 16-byte steps.
-
-    An expanded dimension is refused: cuTensorMapEncode does not document strides of 0.
-    """
-    alignment = 16 // tensor.element_size()
-    return (
-        tensor.data_ptr() % 16 == 0
-        and tensor.numel() > 0
-        and tensor.stride(-1) == 1
-        and all(
-            step > 0 and step % alignment == 0
-            for size, step in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True)
-            if size > 1
-        )
-    )
-
-
-def tma_strides(tensor: torch.Tensor) -> list[int]:
-    """The strides of a layout that `tma_can_load`, rounded up where a size is 1."""
-    alignment = 16 // tensor.element_size()
-    strides = [
-        step if size > 1 else triton.cdiv(step, alignment) * alignment
-        for size, step in zip(tensor.shape, tensor.stride(), strict=True)
-    ]
-    strides[-1] = 1
-    return strides
-
-
-def tma_descriptor(tensor: torch.Tensor, block_rows: int, block_columns: int) -> TensorDescriptor:
-    """A descriptor of (B, H, L, D) that loads tiles of `block_rows` x `block_columns`."""
-    block = [1, 1, block_rows, block_columns]
-    return TensorDescriptor(tensor, list(tensor.shape), tma_strides(tensor), block)
 
 
 def flash_attention(

@@ -30,14 +30,11 @@ import triton.language as tl
 from triton_only_backend.kernels import attention_modifiers
 from triton_only_backend.kernels.attention_backward_configs import backward_without_tma
 from triton_only_backend.kernels.attention_tiles import LOG2E
-from triton_only_backend.kernels.flash_attention import (
-    heads_in_cache,
-    tma_can_load,
-    tma_descriptor,
-)
+from triton_only_backend.kernels.flash_attention import heads_in_cache
 from triton_only_backend.kernels.key_value_gradient import key_value_gradient_kernel
 from triton_only_backend.kernels.query_gradient import query_gradient_kernel
 from triton_only_backend.kernels.sizes import padded_head_dim
+from triton_only_backend.kernels.tma_layout import tma_can_load, tma_descriptor
 
 if TYPE_CHECKING:
     from triton_only_backend.kernels.attention_backward_configs import BackwardConfig

@@ -56,7 +56,6 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from triton_only_backend.kernels import hopper_backward_configs as configs
-from triton_only_backend.kernels.flash_attention import tma_strides
 from triton_only_backend.kernels.hopper_backward_ends import (
     add_splits_kernel,
     tile_statistics_kernel,
@@ -73,6 +72,7 @@ from triton_only_backend.kernels.hopper_backward_pipeline import (
     wait_for_turns,
 )
 from triton_only_backend.kernels.hopper_backward_tiles import work_item
+from triton_only_backend.kernels.tma_layout import tma_strides
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

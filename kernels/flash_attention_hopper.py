@@ -44,7 +44,6 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from triton_only_backend.kernels import hopper_attention_configs as configs
-from triton_only_backend.kernels.flash_attention import tma_can_load, tma_strides
 from triton_only_backend.kernels.hopper_attention_configs import HopperFlashForm
 from triton_only_backend.kernels.hopper_attention_pipeline import (
     BLOCK_N,
@@ -53,6 +52,7 @@ from triton_only_backend.kernels.hopper_attention_pipeline import (
     load_tiles,
 )
 from triton_only_backend.kernels.mask_spans import broadcast_mask_spans
+from triton_only_backend.kernels.tma_layout import tma_can_load, tma_strides
 
 if TYPE_CHECKING:
     from triton_only_backend.kernels.hopper_attention_configs import HopperFlashConfig

@@ -37,7 +37,6 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton_only_backend.kernels.arrival import arrival_counters
 from triton_only_backend.kernels.dependent_launch import launch_options
 from triton_only_backend.kernels.epilogue import NO_EPILOGUE, Epilogue, bias_strides
-from triton_only_backend.kernels.flash_attention import tma_strides
 from triton_only_backend.kernels.gemm_configs import HOPPER_CONSUMERS, shares
 from triton_only_backend.kernels.hopper_gemm_pipeline import (
     CONSUMERS,
@@ -46,6 +45,7 @@ from triton_only_backend.kernels.hopper_gemm_pipeline import (
     multiply,
     piece_of,
 )
+from triton_only_backend.kernels.tma_layout import tma_strides
 
 if TYPE_CHECKING:
     from triton_only_backend.kernels.gemm_configs import GemmConfig

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from triton_only_backend.kernels import tuned
-from triton_only_backend.kernels.flash_attention import L2_SECTION_BYTES, tma_can_load
+from triton_only_backend.kernels.flash_attention import L2_SECTION_BYTES
+from triton_only_backend.kernels.tma_layout import tma_can_load
 
 if TYPE_CHECKING:
     from triton_only_backend.kernels.attention_arguments import Operands, Options

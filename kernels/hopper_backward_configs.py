@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from triton_only_backend.kernels import hopper_attention_configs as forward_configs
-from triton_only_backend.kernels.flash_attention import tma_can_load
+from triton_only_backend.kernels.tma_layout import tma_can_load
 
 if TYPE_CHECKING:
     import torch

@@ -18,8 +18,9 @@ from triton_only_backend.kernels.attention_configs import (
     FlashConfig,
 )
 from triton_only_backend.kernels.decode_attention import decode_attention
-from triton_only_backend.kernels.flash_attention import flash_attention, tma_can_load
+from triton_only_backend.kernels.flash_attention import flash_attention
 from triton_only_backend.kernels.flash_attention_backward import flash_attention_backward
+from triton_only_backend.kernels.tma_layout import tma_can_load
 
 KERNELS = ("flash", "decode")
 needs_tma = pytest.mark.skipif(
