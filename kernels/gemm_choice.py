@@ -23,7 +23,7 @@ from triton_only_backend.kernels.gemm_configs import (
 )
 from triton_only_backend.kernels.hopper_choice import hopper_config
 from triton_only_backend.kernels.realign_choice import should_realign, unaligned_gemv
-from triton_only_backend.kernels.ring_configs import select_ring
+from triton_only_backend.kernels.ring_configs import select_product_ring
 from triton_only_backend.kernels.sizes import next_power_of_2
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def heuristic_config(problem: GemmProblem, hardware: Hardware) -> GemmConfig:
     """The configuration the heuristic chooses."""
     large = problem.N * problem.K * problem.element_size > _GEMV_BYTES
     if streams_through_ring(problem) and not (large and problem.M <= GEMV_MAX_ROWS):
-        ring = select_ring(problem.M, (problem.N,), problem.K, False, False, hardware)
+        ring = select_product_ring(problem.M, problem.N, problem.K, hardware)
         if ring is not None:
             return with_ring(problem.M, ring)
     return general_config(problem, hardware)
@@ -65,6 +65,8 @@ def general_config(problem: GemmProblem, hardware: Hardware) -> GemmConfig:
             return _gemv(problem.transposed, hardware, swap=True)
     if problem.ieee:
         return _ieee(problem, hardware)
+    if _is_small(problem, hardware):
+        return GemmConfig("gemm", 16, 32, 256, 1, 8, 4, 6)
     if problem.element_size == 2 and hardware.has_wgmma and problem.batch == 1:
         config = hopper_config(problem, hardware)
         if config is not None:
@@ -82,6 +84,21 @@ def _streams_in_tiles(problem: GemmProblem, hardware: Hardware) -> bool:
     along_n = not (problem.b_k_contiguous if problem.M <= problem.N else problem.a_k_contiguous)
     one = problem.batch == 1 and problem.element_size == 2
     return along_n and one and hardware.has_wgmma
+
+
+def _is_small(problem: GemmProblem, hardware: Hardware) -> bool:
+    """Whether so small tiles that each multiprocessor has one are best, with no second launch.
+
+    Measured on an H200, bf16, 1024 × 1024, µs: 8 to 64 rows 4.0 to 4.2, 5 to 6 with K divided.
+    """
+    blocks = math.ceil(problem.M / 16) * math.ceil(problem.N / 32)
+    one = problem.batch == 1 and problem.element_size == 2 and hardware.has_wgmma
+    return (
+        one
+        and 256 < problem.K <= 1024
+        and problem.M <= SKINNY_MAX_ROWS
+        and blocks <= hardware.num_sms
+    )
 
 
 def pointer_config(problem: GemmProblem, hardware: Hardware) -> GemmConfig:
@@ -135,10 +152,11 @@ def _gemv(problem: GemmProblem, hardware: Hardware, *, swap: bool) -> GemmConfig
     """Measured on an H200, bf16, M = 1 and 2: 16 columns of 256 are level or best for N ≥ 4096."""
     if not problem.b_k_contiguous:
         block_n, block_k = 256 // problem.element_size, 64
-    elif problem.batch * problem.N >= 16 * hardware.num_sms:
+    elif problem.batch * problem.N >= 31 * hardware.num_sms:
         block_n, block_k = 16, 512 // problem.element_size
     else:
-        # Too few columns to fill the GPU with 16 each: N = 1024 takes 4.9 µs with 4, 6.3 with 16.
+        # Too few columns to fill the GPU twice with 16 each: N = 1024 takes 4.9 µs with 4, 6.3 with
+        # 16, and M × N × K = 2 × 2560 × 10240 15.4 with 4 or 8, 19 through the ring.
         block_n, block_k = 4, 2048 // problem.element_size
     block_k = min(block_k, max(next_power_of_2(problem.K), 32))
     blocks = problem.batch * math.ceil(problem.N / block_n)

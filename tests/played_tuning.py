@@ -31,9 +31,12 @@ class FakeTrial:
     def check(self, config: GemmConfig) -> str | None:
         return "error 1.0" if config in self.wrong else None
 
-    def time_us(self, config: GemmConfig, *, precise: bool = False) -> float:
-        self.ran.append((config, precise))
+    def time_us(self, config: GemmConfig) -> float:
+        self.ran.append(config)
         return self.times(config)
+
+    def compare_us(self, configs: Any) -> list[float]:
+        return [self.times(config) for config in configs]
 
 
 class FakeCompiler:

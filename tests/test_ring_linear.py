@@ -14,7 +14,12 @@ from triton_only_backend.kernels.gemm_choice import general_config, heuristic_co
 from triton_only_backend.kernels.gemm_configs import GemmProblem, ring_of, supports, with_ring
 from triton_only_backend.kernels.hardware import Hardware
 from triton_only_backend.kernels.limits import RING_MAX_ROWS
-from triton_only_backend.kernels.ring_configs import RING_PRODUCT_ROWS, RingConfig, select_ring
+from triton_only_backend.kernels.ring_configs import (
+    RING_PRODUCT_ROWS,
+    RingConfig,
+    ring_fits,
+    select_ring,
+)
 
 ours = torch.ops.triton_only
 H200 = Hardware("NVIDIA H200", "cuda", "sm90", 132, 232448)
@@ -74,14 +79,45 @@ def product(M: int, N: int, K: int, *, batch: int = 1, k_contiguous: bool = True
     return GemmProblem(batch, M, N, K, 2, False, True, k_contiguous)
 
 
-@pytest.mark.parametrize("M", [1, 2, 4, 8])
-@pytest.mark.parametrize(("N", "K"), [(6144, 4096), (8192, 4096), (14336, 4096)])
-def test_plain_products_go_through_it(M, N, K):
+@pytest.mark.parametrize(
+    ("M", "N", "K", "fold", "resident"),
+    [
+        (1, 4096, 4096, 4, 2),
+        (2, 6144, 4096, 4, 1),
+        (2, 14336, 4096, 4, 1),
+        (4, 1024, 4096, 4, 1),
+        (4, 2560, 10240, 4, 1),
+        (4, 4096, 14336, 4, 2),
+        (4, 57344, 8192, 4, 1),
+        (8, 1024, 1024, 4, 1),
+        (8, 4096, 14336, 2, 1),
+        (8, 6144, 4096, 4, 1),
+    ],
+)
+def test_plain_products_go_through_it(M, N, K, fold, resident):
+    """As measured on an H200."""
     config = heuristic_config(product(M, N, K), H200)
     assert config.kernel == "ring_linear"
-    assert ring_of(config) == select_ring(M, (N,), K, False, False, H200)
+    ring = ring_of(config)
+    assert (ring.fold, ring.resident) == (fold, resident)
+    assert ring_fits(M, K, ring, H200) and ring.stages >= 5
     assert supports(product(M, N, K), config, H200)
     assert general_config(product(M, N, K), H200).kernel != "ring_linear"
+
+
+@pytest.mark.parametrize(
+    ("M", "N", "K", "kernel"),
+    [
+        (2, 2560, 10240, "gemv"),
+        (1, 128256, 4096, "gemv"),
+        (8, 8192, 8192, "gemm_tma"),
+        (8, 14336, 4096, "gemm_tma"),
+        (8, 57344, 8192, "gemm"),
+        (16, 1024, 1024, "gemm"),
+    ],
+)
+def test_plain_products_that_others_do_faster(M, N, K, kernel):
+    assert heuristic_config(product(M, N, K), H200).kernel == kernel
 
 
 @pytest.mark.parametrize(

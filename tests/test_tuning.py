@@ -54,17 +54,32 @@ def test_the_fastest_correct_candidate_wins(path: Path) -> None:
     }
     assert outcome.measured == len(CANDIDATES) - 2
     assert progress.done == progress.total == len(CANDIDATES)
-    assert spilled not in {config for config, _ in a_trial.ran}
+    assert spilled not in set(a_trial.ran)
 
 
 def test_close_finalists_are_measured_again_and_the_second_time_counts(path: Path) -> None:
     lucky, better, far = CANDIDATES[3:6]
-    times = {(lucky, False): 50.0, (better, False): 51.0, (far, False): 60.0,
-             (lucky, True): 52.0, (better, True): 50.5}  # fmt: skip
-    a_trial = FakeTrial(None)
-    a_trial.time_us = lambda config, precise=False: times.get((config, precise), SLOW)
+    quick, precise = {lucky: 50.0, better: 51.0, far: 60.0}, {lucky: 52.0, better: 50.5}
+    a_trial = FakeTrial(lambda config: quick.get(config, SLOW))
+    compared: list[Any] = []
+
+    def compare(configs: Any) -> list[float]:
+        compared.extend(configs)
+        return [precise.get(config, SLOW) for config in configs]
+
+    a_trial.compare_us = compare
     (outcome,), _ = search(path, a_trial)
     assert (outcome.config, outcome.us) == (better, 50.5)
+    assert compared == [lucky, better, CANDIDATES[0]]
+
+
+def test_the_heuristic_is_measured_again_with_the_finalists(path: Path) -> None:
+    """It ran first, after the reference: what that cost it does not decide."""
+    first, other = CANDIDATES[0], CANDIDATES[3]
+    a_trial = FakeTrial(lambda config: {first: 60.0, other: 50.0}.get(config, SLOW))
+    a_trial.compare_us = lambda configs: [{first: 49.0, other: 51.0}[c] for c in configs]
+    (outcome,), _ = search(path, a_trial)
+    assert (outcome.config, outcome.us, outcome.heuristic_us) == (first, 49.0, 49.0)
 
 
 def test_candidates_that_cannot_win_are_left_out(path: Path) -> None:
@@ -74,7 +89,7 @@ def test_candidates_that_cannot_win_are_left_out(path: Path) -> None:
     fast = min(bounds.values()) * 1.001
     a_trial = FakeTrial(lambda c: fast)
     (_,), progress = search(path, a_trial, problem=large, limit=40)
-    ran = {config for config, precise in a_trial.ran if not precise}
+    ran = set(a_trial.ran)
     assert ran == {found[0]} | {c for c in found if bounds[c] <= fast}
     assert len(ran) < len(found)
     assert progress.done == progress.total
@@ -91,7 +106,7 @@ def test_an_interrupted_search_goes_on_where_it_ended(path: Path) -> None:
     assert {row.config for row in rows(path)} == {tuned.encode(c) for c in CANDIDATES[:4]}
     rest = FakeTrial(lambda c: SLOW)
     (outcome,), progress = search(path, rest)
-    assert [c for c, precise in rest.ran if not precise] == CANDIDATES[4:]
+    assert rest.ran == CANDIDATES[4:]
     assert progress.total == len(CANDIDATES) - 4
     assert outcome.measured == len(CANDIDATES)
 
@@ -132,7 +147,7 @@ def test_a_candidate_that_ended_the_process_is_not_run_again(
         search(path, FakeTrial(fault))
     a_trial = FakeTrial(lambda c: SLOW)
     (outcome,), _ = search(path, a_trial)
-    assert CANDIDATES[2] not in {config for config, _ in a_trial.ran}
+    assert CANDIDATES[2] not in set(a_trial.ran)
     assert outcome.rejected == {tuned.encode(CANDIDATES[2]): STARTED}
 
 
@@ -140,7 +155,7 @@ def test_the_budget_ends_the_search(path: Path) -> None:
     now = iter(range(1000))
     a_trial = FakeTrial(lambda c: SLOW)
     search(path, a_trial, budget=4.5, clock=lambda: next(now))
-    assert 0 < len([1 for _, precise in a_trial.ran if not precise]) < len(CANDIDATES)
+    assert 0 < len(a_trial.ran) < len(CANDIDATES)
     assert search(path, a_trial, budget=0.0, clock=lambda: 0.0)[0] == []
 
 

@@ -9,10 +9,16 @@ import torch
 
 from triton_only_backend.kernels import tuned
 from triton_only_backend.timing import copies_for, poison
-from triton_only_backend.tuning.measuring import error_bound, relative_error, timed
+from triton_only_backend.tuning.measuring import (
+    error_bound,
+    forced,
+    relative_error,
+    timed,
+    timed_in_turn,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from triton_only_backend.kernels.attention_configs import AttentionProblem
 
@@ -99,10 +105,16 @@ class AttentionTrial:
             again = attend(self.operands[0], self.problem)
             return None if torch.equal(output, again) else "a repetition gave other bits"
 
-    def time_us(self, config: Any, *, precise: bool = False) -> float:
+    def time_us(self, config: Any) -> float:
         """See `Trial.time_us`."""
-        calls: list[Callable[[], Any]] = [
-            functools.partial(attend, x, self.problem) for x in self.operands
+        return timed(self._calls(config))
+
+    def compare_us(self, configs: Sequence[Any]) -> list[float]:
+        """See `Trial.compare_us`."""
+        return timed_in_turn([self._calls(config) for config in configs])
+
+    def _calls(self, config: Any) -> list[Callable[[], Any]]:
+        return [
+            forced(self.kind, config, functools.partial(attend, x, self.problem))
+            for x in self.operands
         ]
-        with tuned.forcing(self.kind, config):
-            return timed(calls, precise=precise)

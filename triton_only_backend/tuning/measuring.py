@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from triton_only_backend.timing import measure
+from triton_only_backend.kernels import tuned
+from triton_only_backend.timing import measure, measure_in_turn
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -44,9 +45,32 @@ def device_works() -> bool:
     return True
 
 
-def timed(calls: Sequence[Callable[[], Any]], *, precise: bool) -> float:
-    """Microseconds a call, by a graph of about QUICK_US or PRECISE_US of whole rotations."""
+def forced(kind: str, config: Any, call: Callable[[], Any]) -> Callable[[], Any]:
+    """A call in which every choice of this kind is `config`."""
+
+    def run() -> Any:
+        with tuned.forcing(kind, config):
+            return call()
+
+    return run
+
+
+def timed(calls: Sequence[Callable[[], Any]]) -> float:
+    """Microseconds a call, by a graph of about QUICK_US of whole rotations."""
+    return measure(calls, reps=_repetitions(calls, QUICK_US), replays=3)
+
+
+def timed_in_turn(candidates: Sequence[Sequence[Callable[[], Any]]]) -> list[float]:
+    """The same of several candidates' calls, by graphs of about PRECISE_US, replayed in turn.
+
+    What ran before, as the reference in fp64, so counts against none of them alone.
+    """
+    reps = _repetitions(candidates[0], PRECISE_US)
+    times = measure_in_turn({str(i): calls for i, calls in enumerate(candidates)}, reps=reps)
+    return [times[str(i)] for i in range(len(candidates))]
+
+
+def _repetitions(calls: Sequence[Callable[[], Any]], wanted_us: float) -> int:
     once = measure(calls, reps=len(calls), replays=1)
-    wanted = (PRECISE_US if precise else QUICK_US) / once
-    rotations = max(1, round(min(wanted, MAX_CALLS) / len(calls)))
-    return measure(calls, reps=rotations * len(calls), replays=7 if precise else 3)
+    rotations = max(1, round(min(wanted_us / once, MAX_CALLS) / len(calls)))
+    return rotations * len(calls)

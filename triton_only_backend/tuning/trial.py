@@ -12,10 +12,16 @@ from triton_only_backend.kernels import tuned
 from triton_only_backend.kernels.loading import load
 from triton_only_backend.timing import copies_for
 from triton_only_backend.tuning import attention_trial
-from triton_only_backend.tuning.measuring import error_bound, relative_error, timed
+from triton_only_backend.tuning.measuring import (
+    error_bound,
+    forced,
+    relative_error,
+    timed,
+    timed_in_turn,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from triton_only_backend.kernels.gemm_configs import GemmProblem
 
@@ -28,8 +34,11 @@ class Trial(Protocol):
     def check(self, config: Any) -> str | None:
         """What is wrong with the results of a configuration; None if nothing is."""
 
-    def time_us(self, config: Any, *, precise: bool = False) -> float:
+    def time_us(self, config: Any) -> float:
         """Microseconds a call."""
+
+    def compare_us(self, configs: Sequence[Any]) -> list[float]:
+        """The same, longer, of several configurations in turn."""
 
 
 def call(kind: str, problem: Any, device: torch.device) -> Callable[[], Any]:
@@ -111,12 +120,22 @@ class GemmTrial:
             matmul(a, b, None, again)
             return None if torch.equal(out, again) else "a repetition gave other bits"
 
-    def time_us(self, config: Any, *, precise: bool = False) -> float:
+    def time_us(self, config: Any) -> float:
         """See `Trial.time_us`."""
+        with fp32_precision(self.problem):
+            return timed(self._calls(config))
+
+    def compare_us(self, configs: Sequence[Any]) -> list[float]:
+        """See `Trial.compare_us`."""
+        with fp32_precision(self.problem):
+            return timed_in_turn([self._calls(config) for config in configs])
+
+    def _calls(self, config: Any) -> list[Callable[[], Any]]:
         matmul = load("matmul").matmul
-        calls = [functools.partial(matmul, a, b, None, out) for a, b, out in self.operands]
-        with tuned.forcing("gemm", config), fp32_precision(self.problem):
-            return timed(calls, precise=precise)
+        return [
+            forced("gemm", config, functools.partial(matmul, a, b, None, out))
+            for a, b, out in self.operands
+        ]
 
 
 def reference_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
