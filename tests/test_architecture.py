@@ -18,7 +18,14 @@ NAME = "triton_only_backend"
 # named here (the command line and its helpers) stands on top of all: nothing below may import it.
 LAYERS = (
     ("errors", "files", "database", "timing"),
-    ("inductor", "inductor_launch", "inductor_target", "settings", "interpreter"),
+    (
+        "inductor",
+        "inductor_launch",
+        "inductor_target",
+        "settings",
+        "interpreter",
+        "interpreter_mends",
+    ),
     ("kernels",),
     ("passes", "tuning"),
     ("backend", "eager_mode", "environment"),
