@@ -26,11 +26,11 @@ the result. Sums have a fixed order, so that results are bitwise equal from run 
 for turns, another passes them on: one number in memory for each tile, the turns that are over,
 zeroed by the kernel before.
 
-Waiting ends, because a block waits for blocks with smaller numbers only (`work_item`), and hardware
-starts the blocks of a launch in the order of their numbers, as decoupled look-back scans presume,
-too: who is waited for has finished or is at work. All go through a head's queries from the last
-tile to the first, so each finds its turn come when it is behind the block before it by the time of
-one addition.
+Waiting ends, because a block waits for blocks with smaller numbers only (`tile_and_head`), and
+hardware starts the blocks of a launch in the order of their numbers, as decoupled look-back scans
+presume, too: who is waited for has finished or is at work. All go through a head's queries from the
+last tile to the first, so each finds its turn come when it is behind the block before it by the
+time of one addition.
 
 When there are fewer tiles of keys than fill the device, the query heads of a KV head are split
 among blocks, and `add_splits_kernel` adds their sums of dK and dV.
@@ -56,6 +56,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from triton_only_backend.kernels import hopper_backward_configs as configs
+from triton_only_backend.kernels.attention_tiles import tile_and_head
 from triton_only_backend.kernels.hopper_backward_ends import (
     add_splits_kernel,
     tile_statistics_kernel,
@@ -71,7 +72,6 @@ from triton_only_backend.kernels.hopper_backward_pipeline import (
     pass_turns,
     wait_for_turns,
 )
-from triton_only_backend.kernels.hopper_backward_tiles import work_item
 from triton_only_backend.kernels.tma_layout import tma_strides
 
 if TYPE_CHECKING:
@@ -128,7 +128,8 @@ def flash_attention_backward_hopper_kernel(
         mbarrier.init(empty.index(stage), count=2)
     fence_async_shared()
 
-    key_tile, part = work_item(gl.program_id(0), key_tiles, parts, section_heads)
+    # The blocks of one head in the order of their turns, under a causal mask the longest first.
+    key_tile, part = tile_and_head(gl.program_id(0), key_tiles, parts, section_heads)
     start_n = key_tile * BLOCK_N
     if SPLIT:
         results = (dk_sums_ptr, dv_sums_ptr)

@@ -1,4 +1,4 @@
-"""What `flash_attention_backward_hopper` does beside its products: order of the work, turns, sums.
+"""What `flash_attention_backward_hopper` does beside its products: tiles, turns, sums.
 
 Sums for dQ, and for dK and dV where query heads are split among blocks, lie in memory in fp32 as
 tiles of 64 rows, each in the order in which the registers of four warps have it: for every four
@@ -15,20 +15,6 @@ from triton_only_backend.kernels import hopper_backward_configs as configs
 
 BLOCK_M = gl.constexpr(configs.BLOCK_M)
 BLOCK_N = gl.constexpr(configs.BLOCK_N)
-
-
-@gluon.jit
-def work_item(index, key_tiles, parts, section_heads):
-    """A block's tile of keys, and its KV head, or part of one, among all batches' parts.
-
-    The order is tile by tile through a section of heads, section after section: the blocks of one
-    head in the order of their turns, and under a causal mask those with most queries first.
-    """
-    section = index // (key_tiles * section_heads)
-    first_head = section * section_heads
-    heads_here = gl.minimum(parts - first_head, section_heads)
-    within = index - first_head * key_tiles
-    return within // heads_here, first_head + within % heads_here
 
 
 @gluon.jit

@@ -19,6 +19,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from attention_reference import DEVICE, reference
+from on_hopper import hopper, random_heads
 
 from triton_only_backend.kernels import hardware, sdpa, tuned
 from triton_only_backend.kernels.attention_arguments import Inputs, Options, operands
@@ -393,31 +394,11 @@ def test_compiles():
 # --- on a Hopper GPU ------------------------------------------------------------------------------
 
 ours = torch.ops.triton_only
-on_hopper = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
-        reason="the kernel is for Hopper",
-    ),
-]
-
-
-def hopper(test):
-    for mark in on_hopper:
-        test = mark(test)
-    return test
 
 
 def random_inputs(batch, heads, kv_heads, len_q, len_kv, dim, dtype, order):
-    def make(h, n):
-        if order == "blhd":
-            return torch.randn(batch, n, h, dim, device="cuda", dtype=dtype).transpose(1, 2)
-        if order == "packed":
-            whole = torch.randn(batch, n, 3 * h * dim, device="cuda", dtype=dtype)
-            return whole[..., h * dim : 2 * h * dim].view(batch, n, h, dim).transpose(1, 2)
-        return torch.randn(batch, h, n, dim, device="cuda", dtype=dtype)
-
-    return make(heads, len_q), make(kv_heads, len_kv), make(kv_heads, len_kv)
+    sizes = ((heads, len_q), (kv_heads, len_kv), (kv_heads, len_kv))
+    return tuple(random_heads(batch, h, n, dim, dtype, order) for h, n in sizes)
 
 
 def config_for(dim, mask, groups):

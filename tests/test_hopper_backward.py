@@ -20,6 +20,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from attention_reference import DEVICE
+from on_hopper import hopper, random_heads
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from triton_only_backend.kernels import hardware, sdpa
@@ -191,10 +192,11 @@ def test_a_tile_of_queries_is_visited_in_turns(len_q, len_kv, is_causal, parts):
 @pytest.mark.parametrize(
     ("key_tiles", "number", "section_heads"), [(1, 1, 1), (5, 7, 3), (4, 256, 33), (64, 16, 16)]
 )
-def test_a_block_waits_for_smaller_numbers_only(key_tiles, number, section_heads, parts):
-    items = [
-        parts.work_item(i, key_tiles, number, section_heads) for i in range(key_tiles * number)
-    ]
+def test_a_block_waits_for_smaller_numbers_only(key_tiles, number, section_heads, monkeypatch):
+    attention_tiles = load("attention_tiles")
+    monkeypatch.setattr(attention_tiles, "tl", types.SimpleNamespace(minimum=min))
+    tile_and_head = attention_tiles.tile_and_head.fn
+    items = [tile_and_head(i, key_tiles, number, section_heads) for i in range(key_tiles * number)]
     assert sorted(items) == list(itertools.product(range(key_tiles), range(number)))
     place = {item: i for i, item in enumerate(items)}
     assert all(place[tile - 1, part] < i for (tile, part), i in place.items() if tile > 0)
@@ -293,15 +295,10 @@ def compile_forms():
 
 
 def test_compiles():
-    if not hardware.gluon_is_known():
-        pytest.skip("no Gluon that is known")
     import triton
 
     newer = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
-    rows = cross_compile.rows_of(__file__)
-    assert len(rows) == len(FORMS)
-    for form, row in zip(FORMS, rows, strict=True):
-        print(form, row)
+    for form, row in cross_compile.rows_of_gluon(__file__, FORMS):
         bound = hopper_backward_shared_memory(form[0])
         assert row["shared"] <= bound <= H200.shared_memory, row
         # Some integers; Triton 3.9 keeps more of them.
@@ -317,35 +314,14 @@ def test_compiles():
 # --- on a Hopper GPU ------------------------------------------------------------------------------
 
 ours = torch.ops.triton_only
-on_hopper = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
-        reason="the kernel is for Hopper",
-    ),
-]
 # Relative error of FlashAttention-2's gradients of random numbers, where it has none to ask for.
 USUAL_ERROR = {torch.bfloat16: 3e-3, torch.float16: 4e-4}
 
 
-def hopper(test):
-    for mark in on_hopper:
-        test = mark(test)
-    return test
-
-
 def random_tensors(batch, heads, kv_heads, len_q, len_kv, dim, dtype, order):
     """Query, key, value and the output's gradient."""
-
-    def make(h, n):
-        if order == "blhd":
-            return torch.randn(batch, n, h, dim, device="cuda", dtype=dtype).transpose(1, 2)
-        if order == "packed":
-            whole = torch.randn(batch, n, 3 * h * dim, device="cuda", dtype=dtype)
-            return whole[..., h * dim : 2 * h * dim].view(batch, n, h, dim).transpose(1, 2)
-        return torch.randn(batch, h, n, dim, device="cuda", dtype=dtype)
-
-    return make(heads, len_q), make(kv_heads, len_kv), make(kv_heads, len_kv), make(heads, len_q)
+    sizes = ((heads, len_q), (kv_heads, len_kv), (kv_heads, len_kv), (heads, len_q))
+    return tuple(random_heads(batch, h, n, dim, dtype, order) for h, n in sizes)
 
 
 def exact(q, k, v, grad_out, is_causal, scale):

@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from on_hopper import hopper
 
 import triton_only_backend  # noqa: F401
 from triton_only_backend.kernels import tuned
@@ -24,10 +25,6 @@ from triton_only_backend.kernels.ring_configs import (
 ours = torch.ops.triton_only
 H200 = Hardware("NVIDIA H200", "cuda", "sm90", 132, 232448)
 A100 = Hardware("A100", "cuda", "sm80", 108, 166912)
-on_hopper = pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
-    reason="the ring is for Hopper",
-)
 
 
 @pytest.mark.parametrize(
@@ -153,8 +150,7 @@ def test_what_a_product_must_be_beside():
     assert not is_linear(None, torch.empty(1, 4, 128)[:, :, :64], 1.0, 1.0)
 
 
-@pytest.mark.gpu
-@on_hopper
+@hopper
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
 @pytest.mark.parametrize("M", [1, 3, 8, 13, 16])
 @pytest.mark.parametrize(("N", "K"), [(4096, 4096), (1000, 1024), (2117, 1536)])
@@ -200,8 +196,7 @@ PROBLEMS = [
 ]
 
 
-@pytest.mark.gpu
-@on_hopper
+@hopper
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
 @pytest.mark.parametrize("M", [1, 2, 3, 4, 7, 8])
 @pytest.mark.parametrize("columns,K,activation,gated,normed", PROBLEMS)
@@ -252,8 +247,7 @@ def kernels_of(function):
     return {row.name for row in profile(function).rows}
 
 
-@pytest.mark.gpu
-@on_hopper
+@hopper
 def test_a_chain_that_reads_ahead_of_its_producers():
     """Each layer reads its weights while the one before runs, and what that writes after it."""
     torch.manual_seed(0)

@@ -9,6 +9,7 @@ import cross_compile
 import pytest
 import torch
 import torch.nn.functional as F
+from on_hopper import hopper
 
 import triton_only_backend  # noqa: F401
 from triton_only_backend.kernels import hardware
@@ -198,11 +199,6 @@ def test_compiles():
 
 
 # --- on a Hopper GPU ------------------------------------------------------------------------------
-
-
-def hopper(test):
-    missing = not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0)
-    return pytest.mark.gpu(pytest.mark.skipif(missing, reason="the kernel is for Hopper")(test))
 
 
 def tensors(batch, heads, kv_heads, dim, length, positions, rope, rotary, mask, dtype, seed=0):
