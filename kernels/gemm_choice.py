@@ -67,11 +67,16 @@ def general_config(problem: GemmProblem, hardware: Hardware) -> GemmConfig:
         return _ieee(problem, hardware)
     if _is_small(problem, hardware):
         return GemmConfig("gemm", 16, 32, 256, 1, 8, 4, 6)
-    if problem.element_size == 2 and hardware.has_wgmma and problem.batch == 1:
+    if _is_single(problem, hardware):
         config = hopper_config(problem, hardware)
         if config is not None:
             return config
     return batched_config(problem, hardware) or pointer_config(problem, hardware)
+
+
+def _is_single(problem: GemmProblem, hardware: Hardware) -> bool:
+    """One product of 16-bit operands, on Hopper."""
+    return problem.batch == 1 and problem.element_size == 2 and hardware.has_wgmma
 
 
 def _streams_in_tiles(problem: GemmProblem, hardware: Hardware) -> bool:
@@ -82,8 +87,7 @@ def _streams_in_tiles(problem: GemmProblem, hardware: Hardware) -> bool:
     204.0).
     """
     along_n = not (problem.b_k_contiguous if problem.M <= problem.N else problem.a_k_contiguous)
-    one = problem.batch == 1 and problem.element_size == 2
-    return along_n and one and hardware.has_wgmma
+    return along_n and _is_single(problem, hardware)
 
 
 def _is_small(problem: GemmProblem, hardware: Hardware) -> bool:
@@ -92,13 +96,8 @@ def _is_small(problem: GemmProblem, hardware: Hardware) -> bool:
     Measured on an H200, bf16, 1024 × 1024, µs: 8 to 64 rows 4.0 to 4.2, 5 to 6 with K divided.
     """
     blocks = math.ceil(problem.M / 16) * math.ceil(problem.N / 32)
-    one = problem.batch == 1 and problem.element_size == 2 and hardware.has_wgmma
-    return (
-        one
-        and 256 < problem.K <= 1024
-        and problem.M <= SKINNY_MAX_ROWS
-        and blocks <= hardware.num_sms
-    )
+    few = problem.M <= SKINNY_MAX_ROWS and blocks <= hardware.num_sms
+    return few and 256 < problem.K <= 1024 and _is_single(problem, hardware)
 
 
 def pointer_config(problem: GemmProblem, hardware: Hardware) -> GemmConfig:

@@ -13,7 +13,7 @@ from triton_only_backend.kernels.gemm_configs import (
     GemmProblem,
     shares,
 )
-from triton_only_backend.kernels.sizes import next_power_of_2
+from triton_only_backend.kernels.sizes import fullness_of_waves, next_power_of_2
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -159,8 +159,7 @@ def _hopper_skinny(problem: GemmProblem, hardware: Hardware, *, swap: bool) -> G
         return None  # Too few rows to fill the GPU: split-K of the pointer kernel is faster.
 
     def fullness(block_m: int) -> float:
-        blocks = math.ceil(problem.M / block_m)
-        return blocks / (math.ceil(blocks / hardware.num_sms) * hardware.num_sms)
+        return fullness_of_waves(math.ceil(problem.M / block_m), hardware.num_sms)
 
     enough = _FULL_ENOUGH * fullness(64)
     # Of a weight that lies along N the largest were not measured.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from triton_only_backend.kernels.limits import RING_MAX_ROWS
-from triton_only_backend.kernels.sizes import next_power_of_2
+from triton_only_backend.kernels.sizes import fullness_of_waves, next_power_of_2
 
 if TYPE_CHECKING:
     from triton_only_backend.kernels.hardware import Hardware
@@ -66,11 +66,17 @@ def select_ring(
         return None
     if normed and (K % 1024 > 0 or K * rows > RING_NORM_ELEMENTS):
         return None
-    stage = 16384 + (0 if normed else boxes * fold * rows * 128)
+    x_bytes = 0 if normed else boxes * fold * rows * 128  # of a stage
     resident = 2 if tiles <= 2 * hardware.num_sms and len(columns) == 1 and M <= 4 else 1
-    room = hardware.shared_memory // resident - _RING_RESERVE - (2 * K * rows if normed else 0)
     most = 5 if resident == 2 else 8 if len(columns) > 1 else 12
-    return RingConfig(fold, min(most, room // stage), resident)
+    kept = 2 * K * rows if normed else 0
+    return RingConfig(fold, min(most, _stages(x_bytes, kept, resident, hardware)), resident)
+
+
+def _stages(x_bytes: int, kept: int, resident: int, hardware: Hardware) -> int:
+    """How many stages of weights, each with `x_bytes` of x, fit beside what a program keeps."""
+    room = hardware.shared_memory // resident - _RING_RESERVE - kept
+    return room // (16384 + x_bytes)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -90,12 +96,12 @@ def select_product_ring(M: int, N: int, K: int, hardware: Hardware) -> RingConfi
     fold = 4
     if M > 4 and tiles[2] >= 0.9 * sms:
         # 8 × 6144 × 4096: 14.8 in 384 tiles, 16.1 in 192, of which the second wave is half empty.
-        full = {n: tiles[n] / (math.ceil(tiles[n] / sms) * sms) for n in (2, 4)}
+        full = {n: fullness_of_waves(tiles[n], sms) for n in (2, 4)}
         fold = 2 if full[2] >= full[4] else 4
     resident = 2 if M <= 4 and 1.5 * sms < tiles[4] <= 2 * sms else 1
-    stage = 16384 + 2 * fold * RingConfig(fold, 0).rows(M) * 128
-    room = hardware.shared_memory // resident - _RING_RESERVE
-    return RingConfig(fold, min(5 if resident == 2 else 12, room // stage), resident)
+    x_bytes = 2 * fold * RingConfig(fold, 0).rows(M) * 128
+    most = 5 if resident == 2 else 12
+    return RingConfig(fold, min(most, _stages(x_bytes, 0, resident, hardware)), resident)
 
 
 def ring_fits(M: int, K: int, config: RingConfig, hardware: Hardware) -> bool:

@@ -11,3 +11,8 @@ def next_power_of_2(number: int) -> int:
 def padded_head_dim(head_dim: int) -> int:
     """The tile width that holds a head dimension: a power of two that `tl.dot` takes."""
     return max(16, next_power_of_2(head_dim))
+
+
+def fullness_of_waves(blocks: int, num_sms: int) -> float:
+    """Which part of the multiprocessors is at work, over the waves that so many blocks need."""
+    return blocks / (-(-blocks // num_sms) * num_sms)
