@@ -44,9 +44,7 @@ def bench_gemm(
         shapes=_choice("--shapes", shapes, [*gemm.SHAPES, "all"]),
         dtype=_choice("--dtype", dtype, DTYPES),
         rows=_positive_integers("--m", m),
-        providers=tuple(
-            _choice("--providers", name.strip(), gemm.PROVIDERS) for name in providers.split(",")
-        ),
+        providers=_choices("--providers", providers, gemm.PROVIDERS),
         k_contiguous=_choice("--layout", layout, ["k", "n"]) == "k",
     )
     raise typer.Exit(gemm.run(plan, console(), json_path, _command_line(), plot))
@@ -85,10 +83,7 @@ def bench_attention(
 
     if kv_heads is not None and attention_cases.HEADS % kv_heads:
         raise UsageError(f"--kv-heads {kv_heads} does not divide the 32 query heads")
-    names = tuple(
-        _choice("--providers", name.strip(), attention_cases.PROVIDERS)
-        for name in providers.split(",")
-    )
+    names = _choices("--providers", providers, attention_cases.PROVIDERS)
     if "ours" not in names or not set(names) & set(attention.BACKENDS):
         raise UsageError(f"--providers {providers} does not compare ours with a library's kernel")
     is_article = cases == attention_cases.ARTICLE
@@ -135,14 +130,13 @@ def bench_model(
     from triton_only_backend.bench import generation, models, trial
     from triton_only_backend.bench.providers import PROVIDERS
 
-    names = [name.strip() for name in providers.split(",")]
     plan = trial.Plan(
         model=_choice("--model", model, models.MODELS),
         dtype=_choice("--dtype", dtype, models.DTYPES),
         batch=batch,
         prompt=prompt,
         new_tokens=new_tokens,
-        providers=tuple(_choice("--providers", name, PROVIDERS) for name in names),
+        providers=_choices("--providers", providers, PROVIDERS),
         logits_error=logits_error,
         layers=layers,
     )
@@ -219,6 +213,10 @@ def _choice(option: str, value: str, choices: Any) -> str:
             f"{option} {value!r} is not known{nearest(value, names)} (one of {', '.join(names)})"
         )
     return value
+
+
+def _choices(option: str, text: str, choices: Any) -> tuple[str, ...]:
+    return tuple(_choice(option, name.strip(), choices) for name in text.split(","))
 
 
 def _positive_integers(option: str, text: str) -> tuple[int, ...]:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 def jobs(plan: Plan, device: Hardware) -> Iterable[Job]:
     """What the plan's products run by: the configuration of each, as it will be chosen."""
     for layer in plan.products():
-        for M in plan.rows if layer.M is None else (layer.M,):
+        for M in plan.rows_of(layer):
             kind, problem = product(
                 layer.batch, M, layer.N, layer.K, dtype=plan.dtype, k_contiguous=plan.k_contiguous
             )

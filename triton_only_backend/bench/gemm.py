@@ -70,6 +70,10 @@ class Plan:
         """Each product once."""
         return products(self.shapes)
 
+    def rows_of(self, product: Product) -> tuple[int, ...]:
+        """The values of M that a product runs with."""
+        return self.rows if product.M is None else (product.M,)
+
 
 def traffic(M: int, N: int, K: int, element_size: int, batch: int = 1) -> tuple[int, int]:
     """The fewest bytes a product moves, and its operations."""
@@ -262,7 +266,7 @@ def run(
         for heading in COLUMNS:
             table.add_column(heading, justify="right")
         weights = make_weights(product, dtype, k_contiguous=plan.k_contiguous)
-        for M in plan.rows if product.M is None else (product.M,):
+        for M in plan.rows_of(product):
             providers.reset()
             shape = (M, product.K) if product.op == "mm" else (product.batch, M, product.K)
             a = torch.randn(shape, device=device, dtype=dtype)
