@@ -12,20 +12,18 @@ from triton_only_backend.kernels.gemm_configs import (
     GemmProblem,
     shares,
 )
+from triton_only_backend.kernels.hopper_rates import BYTES_PER_US, DIVISION_US, STEP_US
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from triton_only_backend.kernels.hardware import Hardware
 
-# µs that a multiprocessor takes for 64 of K on a tile, all of them at work, and for writing one of
-# 128 × 256.
-_STEP_US = {(128, 256): 0.655, (256, 128): 0.655, (128, 192): 0.525, (128, 128): 0.36}
-_WRITE_US = 1.3
-# Bytes a µs from memory, and from the L2 cache.
-_MEMORY, _L2 = 4.2e6, 5.5e6
-# µs that dividing tiles costs; steps below which it is not thought of.
-_DIVISION_US, _DIVISION_STEPS = 22.0, 64
+_TILES = ((128, 256), (256, 128), (128, 192), (128, 128))
+_WRITE_US = 1.3  # that a multiprocessor takes for writing a tile of 128 × 256
+_L2_BYTES_PER_US = 5.5e6
+# Steps below which dividing tiles is not thought of.
+_DIVISION_STEPS = 64
 # Rows up to which another kernel puts the weight's rows on the tensor cores' M side: always, and
 # from so much of K on, where reading the weights is all the time there is (8 × 64 × 14336 × 4096
 # takes it 241 µs on an H200, this one 263).
@@ -51,17 +49,17 @@ def _choices(problem: GemmProblem, hardware: Hardware) -> Iterator[tuple[float, 
     steps = math.ceil(problem.K / 64)
     size, batch = problem.element_size, problem.batch
     moved = (problem.M + problem.N) * problem.K + problem.M * problem.N
-    memory = batch * moved * size / _MEMORY
+    memory = batch * moved * size / BYTES_PER_US
     rows, columns = _ONE_TILE
     once = rows >= problem.M and 2 * steps > HOPPER_TILES[rows, columns]
-    for (block_m, block_n), step_us in _STEP_US.items():
+    for block_m, block_n in _TILES:
         if once and (block_m, block_n) != (rows, columns):
             continue
         stages = HOPPER_TILES[block_m, block_n]
         alternate = 2 * steps <= stages
         tiles = batch * math.ceil(problem.M / block_m) * math.ceil(problem.N / block_n)
-        from_l2 = tiles * (block_m + block_n) * problem.K * size / _L2
-        compute, write = steps * step_us, _WRITE_US * block_m * block_n / 32768
+        from_l2 = tiles * (block_m + block_n) * problem.K * size / _L2_BYTES_PER_US
+        compute, write = steps * STEP_US[block_m, block_n], _WRITE_US * block_m * block_n / 32768
         tile_us = max(compute, compute / 2 + write) if alternate else compute + write
         for stream_k in (False, True) if steps >= _DIVISION_STEPS else (False,):
             tile = (block_m, block_n, 64, 1, 16, 8, stages)
@@ -72,7 +70,7 @@ def _choices(problem: GemmProblem, hardware: Hardware) -> Iterator[tuple[float, 
             each: float = math.ceil(share.whole / share.programs)
             if stream_k:
                 each += (tiles - share.whole) / share.programs
-            busy = 2.5 + each * tile_us + (_DIVISION_US if stream_k else 0.0)
+            busy = 2.5 + each * tile_us + (DIVISION_US if stream_k else 0.0)
             yield math.hypot(busy, max(memory, from_l2)), config
 
 

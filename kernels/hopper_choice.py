@@ -13,6 +13,7 @@ from triton_only_backend.kernels.gemm_configs import (
     GemmProblem,
     shares,
 )
+from triton_only_backend.kernels.hopper_rates import BYTES_PER_US, DIVISION_US, STEP_US
 from triton_only_backend.kernels.sizes import fullness_of_waves, next_power_of_2
 
 if TYPE_CHECKING:
@@ -29,7 +30,6 @@ _HOPPER_TILES = (
     (128, 128, 64, 8, 6, True, 22.6),
     (128, 256, 64, 8, 4, True, 42.0),
 )
-_HOPPER_BYTES_PER_US = 4.2e6
 _HOPPER_REDUCTION_US = 5.0
 # A second launch must promise as much. With more rows it lost up to 9 % for all that it promised:
 # there the power limit sets the pace, and multiprocessors without work raise the others' clocks.
@@ -50,17 +50,14 @@ def hopper_config(problem: GemmProblem, hardware: Hardware) -> GemmConfig | None
     return min(choices, key=lambda choice: choice[0])[1]
 
 
-# Tiles of `gemm_hopper`, whether the last wave's are divided, and µs that a multiprocessor takes
-# for 64 of K on one, all of them at work; 96 and 160 columns reckoned from what shared memory moves
-# (see there), by the share of it that 192 reach. Its other tiles are level with `gemm_tma`'s.
+# Tiles of `gemm_hopper`, and whether the last wave's are divided. Its other tiles are level with
+# `gemm_tma`'s.
 _WARP_SPECIALISED = (
-    ((128, 96), False, 0.345),
-    ((128, 160), False, 0.465),
-    ((128, 192), False, 0.525),
-    ((128, 256), True, 0.655),
+    ((128, 96), False),
+    ((128, 160), False),
+    ((128, 192), False),
+    ((128, 256), True),
 )
-# µs that dividing tiles costs: measured 15 to 24, from M = 256 to 1024.
-_DIVISION_US = 22.0
 
 
 def _warp_specialised(
@@ -72,9 +69,9 @@ def _warp_specialised(
     wave of 128 × 192; 256 × 10240 × 8192 69.7 (61.8, 81); 4096 × 57344 × 8192 5628 (5839, 6032),
     the last wave divided.
     """
-    read = (problem.M + problem.N) * problem.K * problem.element_size / _HOPPER_BYTES_PER_US
+    read = (problem.M + problem.N) * problem.K * problem.element_size / BYTES_PER_US
     steps = math.ceil(problem.K / 64)
-    for (block_m, block_n), stream_k, step_us in _WARP_SPECIALISED:
+    for (block_m, block_n), stream_k in _WARP_SPECIALISED:
         stages = HOPPER_TILES[block_m, block_n]
         config = GemmConfig(
             "gemm_hopper", block_m, block_n, 64, 1, 16, 8, stages, stream_k=stream_k
@@ -86,7 +83,7 @@ def _warp_specialised(
         if stream_k:
             tiles = math.ceil(problem.M / block_m) * math.ceil(problem.N / block_n)
             each += math.ceil((tiles - share.whole) * steps / share.programs)
-        compute = 2.5 + each * step_us + (_DIVISION_US if stream_k else 0.0)
+        compute = 2.5 + each * STEP_US[block_m, block_n] + (DIVISION_US if stream_k else 0.0)
         yield math.hypot(compute, read), config
 
 
@@ -95,7 +92,7 @@ def hopper_choice(
     problem: GemmProblem, hardware: Hardware, *, may_split: bool = True
 ) -> tuple[float, GemmConfig]:
     """The tiles and split of the persistent kernel with the least time, and that time in µs."""
-    read = (problem.M + problem.N) * problem.K * problem.element_size / _HOPPER_BYTES_PER_US
+    read = (problem.M + problem.N) * problem.K * problem.element_size / BYTES_PER_US
     best: tuple[float, GemmConfig] | None = None
     for block_m, block_n, block_k, warps, stages, halves, tile_us in _HOPPER_TILES:
         tiles = math.ceil(problem.M / block_m) * math.ceil(problem.N / block_n)
@@ -105,7 +102,7 @@ def hopper_choice(
             waves = math.ceil(tiles * split_k / hardware.num_sms)
             compute = 2.5 + waves * tile_us * problem.K / split_k / 4096
             if split_k > 1:
-                partials = 8 * split_k * problem.M * problem.N / _HOPPER_BYTES_PER_US
+                partials = 8 * split_k * problem.M * problem.N / BYTES_PER_US
                 compute += _HOPPER_REDUCTION_US + partials
             # Neither hides the other entirely.
             cost = math.hypot(compute, read)

@@ -15,13 +15,14 @@ from triton_only_backend.kernels.gemm_configs import (
     GemmProblem,
     can_realign,
 )
+from triton_only_backend.kernels.hopper_rates import BYTES_PER_US
 from triton_only_backend.kernels.sizes import next_power_of_2
 
 if TYPE_CHECKING:
     from triton_only_backend.kernels.hardware import Hardware
 
-# Rates per µs: FLOP in place and of the kernels for aligned operands, bytes copied and read.
-_IN_PLACE_FLOP, _ALIGNED_FLOP, _COPIED_BYTES, _READ_BYTES = 70e6, 450e6, 3.0e6, 4.2e6
+# Rates per µs: FLOP in place and of the kernels for aligned operands, bytes copied.
+_IN_PLACE_FLOP, _ALIGNED_FLOP, _COPIED_BYTES = 70e6, 450e6, 3.0e6
 _STEP_US, _REDUCTION_US = 0.45, 3.5  # of 32 along K, in place; of partial sums
 # Rows: columns, elements along K and warps of `gemv`. 3.7, 4.1 and 5.3 µs of N, K = 5333, 495, and
 # with 4 columns of 512 and a warp 4.5, 4.8 and 6.6.
@@ -44,7 +45,7 @@ def should_realign(problem: GemmProblem, split_k: int, hardware: Hardware) -> bo
     if split_k > 1:
         in_place += _REDUCTION_US
     read = problem.batch * (problem.M + problem.N) * problem.K * problem.element_size
-    aligned = 3.0 + math.hypot(flop / _ALIGNED_FLOP, read / _READ_BYTES)
+    aligned = 3.0 + math.hypot(flop / _ALIGNED_FLOP, read / BYTES_PER_US)
     return realign_us(problem) + aligned < in_place
 
 
