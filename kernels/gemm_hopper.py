@@ -39,12 +39,12 @@ from triton_only_backend.kernels.dependent_launch import launch_options
 from triton_only_backend.kernels.epilogue import NO_EPILOGUE, Epilogue, bias_strides
 from triton_only_backend.kernels.gemm_configs import HOPPER_CONSUMERS, shares
 from triton_only_backend.kernels.hopper_gemm_pipeline import (
-    CONSUMERS,
     copy,
     first_columns,
     multiply,
     piece_of,
 )
+from triton_only_backend.kernels.stream_k import CONSUMERS
 from triton_only_backend.kernels.tma_layout import tma_strides
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def slots_of(desc, COUNT: gl.constexpr):
 # Sizes differ from call to call, and no address is computed from them.
 @gluon.jit(do_not_specialize=["batch", "M", "N", "steps", "whole", "lanes"])
 def gemm_hopper_kernel(
-    a_desc, b_desc, more_desc, c_desc, bias_ptr, workspace_ptr, flags_ptr,
+    a_desc, b_desc, more_desc, c_desc, partial_desc, bias_ptr, workspace_ptr, flags_ptr,
     batch, M, N, steps, whole, lanes, stride_sb, stride_sm, stride_sn, alpha, beta, epilogue,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
     GROUP_M: gl.constexpr, BUFFERS: gl.constexpr, A_K_MAJOR: gl.constexpr, B_K_MAJOR: gl.constexpr,
@@ -118,8 +118,8 @@ def gemm_hopper_kernel(
             HAS_BIAS, HAS_OPERANDS, ACTIVATION, STREAM_K, ALTERNATE, PDL,
         ),
         (
-            a_desc, b_desc, more_desc, a_ring, b_ring, more_ring, full, empty,
-            batch, M, N, steps, whole, lanes, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, GROUP_M,
+            a_desc, b_desc, more_desc, a_ring, b_ring, more_ring, full, empty, partial_desc,
+            flags_ptr, batch, M, N, steps, whole, lanes, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, GROUP_M,
             A_K_MAJOR, B_K_MAJOR, STREAM_K, PDL,
         ),
     )  # fmt: skip
@@ -137,6 +137,13 @@ def _tiles_of(matrices: torch.Tensor, rows: int, columns: int) -> TensorDescript
     # 16-bit elements, all of them; the layout needs only their width.
     layout = gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16)
     return TensorDescriptor(matrices, list(matrices.shape), tma_strides(matrices), block, layout)
+
+
+def _chunks_of(workspace: torch.Tensor, rows: int) -> TensorDescriptor:
+    """Sums as they lie, as many at a time as a slot of `a` with so many rows holds."""
+    lines = workspace.view(-1, 256)
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
+    return TensorDescriptor(lines, list(lines.shape), [256, 1], [rows // 8, 256], layout)
 
 
 def staged_pieces(config: GemmConfig, shared_memory: int) -> int:
@@ -189,7 +196,7 @@ def gemm_hopper(
     if more_columns > 0:
         more_desc, _ = _descriptor(b.mT, more_columns, config.block_k)
     share = shares(batch, M, N, K, config, device.num_sms)
-    flags = workspace = None
+    flags = workspace = partial_desc = None
     if share.divided:
         flags = arrival_counters(share.programs * HOPPER_CONSUMERS, out.device)
     if flags is None:
@@ -197,8 +204,9 @@ def gemm_hopper(
     else:
         sums = share.programs * config.block_m * config.block_n
         workspace = torch.empty(sums, dtype=torch.float32, device=out.device)
+        partial_desc = _chunks_of(workspace, rows)
     gemm_hopper_kernel[(share.programs,)](
-        a_desc, b_desc, more_desc, _tiles_of(out, rows, piece_of(config.block_n)),
+        a_desc, b_desc, more_desc, _tiles_of(out, rows, piece_of(config.block_n)), partial_desc,
         a if bias is None else bias, workspace, flags,
         batch, M, N, triton.cdiv(K, config.block_k), share.whole, share.lanes,
         *bias_strides(bias),

@@ -273,6 +273,7 @@ def differentiate_keys(
         ds = p.to(gl.float32) * (dp - delta[None, :])
         mbarrier.wait(ds_empty.index(slot), slot_phase)
         ds_smem.index(slot).slice(GROUP * GROUP_KEYS, GROUP_KEYS, 0).store(rounded(ds, dtype))
+        # Before the products read ds, and before the statistics' slot is filled anew.
         fence_async_shared()
         synchronize()
         mbarrier.arrive(ds_full.index(slot))

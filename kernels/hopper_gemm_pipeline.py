@@ -17,21 +17,19 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from triton_only_backend.kernels.dependent_launch import release_dependents, wait_for_producers
 from triton_only_backend.kernels.epilogue import apply_epilogue, load_bias
-from triton_only_backend.kernels.gemm_configs import HOPPER_CONSUMERS
 from triton_only_backend.kernels.stream_k import (
+    CONSUMERS,
     PIECE,
+    copy_sums,
     give,
     item_at,
     items_of,
-    load_partial,
     others_of,
+    piece_of_sums,
     place_of,
-    take_flag,
+    take_sums,
 )
 from triton_only_backend.kernels.tma_ring import advance, load_tile, slot_before, store_tile
-
-# Warpgroups that multiply.
-CONSUMERS = gl.constexpr(HOPPER_CONSUMERS)
 
 
 @gluon.constexpr_function
@@ -48,8 +46,8 @@ def piece_of(BLOCK_N):
 
 @gluon.jit
 def copy(
-    a_desc, b_desc, more_desc, a_ring, b_ring, more_ring, full, empty, batch, M, N,
-    steps, whole, lanes,
+    a_desc, b_desc, more_desc, a_ring, b_ring, more_ring, full, empty, partial_desc,
+    flags_ptr, batch, M, N, steps, whole, lanes,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
     GROUP_M: gl.constexpr, A_K_MAJOR: gl.constexpr, B_K_MAJOR: gl.constexpr,
     STREAM_K: gl.constexpr, PDL: gl.constexpr,
@@ -62,7 +60,8 @@ def copy(
     grid_n = gl.cdiv(N, BLOCK_N)
     slot = gl.to_tensor(0)
     phase = gl.to_tensor(1)  # a new barrier's wait for parity 1 returns: every slot begins empty
-    count, begin, end = items_of(batch * grid_m * grid_n, whole, lanes, steps, STREAM_K)
+    tiles = batch * grid_m * grid_n
+    count, begin, end = items_of(tiles, whole, lanes, steps, STREAM_K)
     for i in range(0, count + gl.cdiv(end, steps) - begin // steps):
         tile, first, last = item_at(i, count, begin, end, whole, lanes, steps, STREAM_K)
         matrix, pid_m, pid_n = place_of(tile, grid_m, grid_n, GROUP_M)
@@ -93,6 +92,12 @@ def copy(
                         more_desc, [matrix, k, column + COLUMNS], arrived, more_ring.index(slot)
                     )
             slot, phase = advance(slot, phase, STAGES)
+        if STREAM_K:
+            others = gl.where(first > 0, 0, others_of(tile, last, tiles, whole, lanes, steps))
+            slot, phase = copy_sums(
+                others, lanes, partial_desc, flags_ptr, a_ring, full, empty, slot, phase,
+                ROWS, BLOCK_N, STAGES,
+            )  # fmt: skip
     release_dependents(PDL)
 
 
@@ -121,25 +126,28 @@ def pieces_of(acc, WIDTH: gl.constexpr):
 
 @gluon.jit
 def write(
-    pieces, matrix, row, column, others, lanes, c_desc, staging, bias_ptr, partial_ptr, flag_ptr,
-    M, N, stride_sb, stride_sm, stride_sn, alpha, beta, epilogue,
-    INDEX: gl.constexpr, BUFFERS: gl.constexpr, HAS_BIAS: gl.constexpr,
+    pieces, matrix, row, column, others, a_ring, full, empty, slot, phase, c_desc, staging,
+    bias_ptr, M, N, stride_sb, stride_sm, stride_sn, alpha, beta, epilogue,
+    INDEX: gl.constexpr, STAGES: gl.constexpr, BUFFERS: gl.constexpr, HAS_BIAS: gl.constexpr,
     HAS_OPERANDS: gl.constexpr, ACTIVATION: gl.constexpr, STREAM_K: gl.constexpr,
 ):  # fmt: skip
-    """Adds the sums of `others` to a tile's, applies the epilogue, and writes it piece by piece."""
+    """Adds the sums of `others` to a tile's, applies the epilogue, and writes it piece by piece.
+
+    Returns the ring's state, by which the sums come.
+    """
     ROWS: gl.constexpr = pieces[0].shape[0]
     WIDTH: gl.constexpr = pieces[0].shape[1]
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
-    stride = lanes * (CONSUMERS * ROWS * WIDTH * len(pieces))  # to the next worker's sums
-    if STREAM_K:
-        for n in range(1, others + 1):
-            take_flag(flag_ptr - n * lanes * CONSUMERS)
     for i in gl.static_range(len(pieces)):
         x = pieces[i]
         if STREAM_K:
-            theirs = partial_ptr + i * (ROWS * WIDTH)
-            for n in range(1, others + 1):
-                x += load_partial(theirs - n * stride, ROWS)
+            first, slot, phase = take_sums(
+                others, a_ring, full, empty, slot, phase, INDEX, ROWS, STAGES
+            )
+            second, slot, phase = take_sums(
+                others, a_ring, full, empty, slot, phase, INDEX, ROWS, STAGES
+            )
+            x += piece_of_sums(first, second, ROWS)
         x *= gl.cast(alpha, gl.float32)
         start = column + i * WIDTH
         if HAS_BIAS or HAS_OPERANDS:
@@ -162,6 +170,7 @@ def write(
         buffer.reshape([ROWS, WIDTH]).store(x.to(c_desc.dtype))
         fence_async_shared()
         store_tile(c_desc, [matrix, row, start], buffer)
+    return slot, phase
 
 
 @gluon.jit
@@ -236,15 +245,15 @@ def multiply(
             if first > 0:
                 give(pieces, partial_ptr, flag_ptr)
             else:
-                write(
-                    pieces, matrix, row, column, others, lanes, c_desc, staging, bias_ptr,
-                    partial_ptr, flag_ptr, M, N, stride_sb, stride_sm, stride_sn, alpha, beta,
-                    epilogue, INDEX, BUFFERS, HAS_BIAS, HAS_OPERANDS, ACTIVATION, STREAM_K,
+                slot, phase = write(
+                    pieces, matrix, row, column, others, a_ring, full, empty, slot, phase, c_desc,
+                    staging, bias_ptr, M, N, stride_sb, stride_sm, stride_sn, alpha, beta, epilogue,
+                    INDEX, STAGES, BUFFERS, HAS_BIAS, HAS_OPERANDS, ACTIVATION, STREAM_K,
                 )  # fmt: skip
         else:
             write(
-                pieces, matrix, row, column, 0, lanes, c_desc, staging, bias_ptr, partial_ptr,
-                flag_ptr, M, N, stride_sb, stride_sm, stride_sn, alpha, beta, epilogue,
-                INDEX, BUFFERS, HAS_BIAS, HAS_OPERANDS, ACTIVATION, STREAM_K,
+                pieces, matrix, row, column, 0, a_ring, full, empty, slot, phase, c_desc, staging,
+                bias_ptr, M, N, stride_sb, stride_sm, stride_sn, alpha, beta, epilogue,
+                INDEX, STAGES, BUFFERS, HAS_BIAS, HAS_OPERANDS, ACTIVATION, STREAM_K,
             )  # fmt: skip
     tma.store_wait(pendings=0)

@@ -35,8 +35,8 @@ def config_of(block_m: int, block_n: int, *, stream_k: bool = False) -> GemmConf
 
 # Tiles whose sums can be handed over, a piece of 64 columns at a time.
 DIVISIBLE = [tile for tile in HOPPER_TILES if tile[1] % 64 == 0]
-CONFIGS = [config_of(*tile) for tile in HOPPER_TILES]
-CONFIGS += [config_of(*tile, stream_k=True) for tile in DIVISIBLE]
+DIVIDED = [config_of(*tile, stream_k=True) for tile in DIVISIBLE]
+CONFIGS = [config_of(*tile) for tile in HOPPER_TILES] + DIVIDED
 
 
 def name_of(config: GemmConfig) -> str:
@@ -107,6 +107,10 @@ SIZES = [
     (129, 200, 64),
     (70, 130, 1032),
     (2176, 3000, 520),
+    (304, 1352, 712),
+    (512, 2560, 10240),
+    (333, 1000, 520),
+    (2000, 6152, 1032),
 ]
 
 
@@ -377,6 +381,23 @@ def test_as_accurate_as_the_vendors(config, layout, hopper, device):
         assert_as_accurate(out, 0.5 * (a @ b), 0.5 * (a.double() @ b.double()))
         again = torch.full_like(out, float("nan"))
         assert torch.equal(product(a, b, again, config, hopper), out)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("k_major", [True, False], ids=["k-major", "other"])
+@pytest.mark.parametrize("config", DIVIDED, ids=name_of)
+def test_sums_that_are_handed_over_arrive_whole(config, k_major, hopper, device):
+    """By a ring of which each slot is filled often while the sums of three programs are added."""
+    M, N, K = 304, 1352, 712
+    a = torch.randn(M, K, device=device).bfloat16()
+    b = torch.randn(N, K, device=device).bfloat16().T
+    if not k_major:
+        b = b.contiguous()
+    exact = 0.5 * (a.double() @ b.double())
+    first = product(a, b, a.new_empty(M, N), config, hopper)
+    assert_as_accurate(first, 0.5 * (a @ b), exact)
+    for _ in range(100):
+        assert torch.equal(product(a, b, torch.full_like(first, torch.nan), config, hopper), first)
 
 
 @pytest.mark.gpu
