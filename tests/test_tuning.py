@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -57,29 +58,46 @@ def test_the_fastest_correct_candidate_wins(path: Path) -> None:
     assert spilled not in set(a_trial.ran)
 
 
-def test_close_finalists_are_measured_again_and_the_second_time_counts(path: Path) -> None:
+def test_close_finalists_are_measured_again_and_the_second_time_decides(path: Path) -> None:
+    """On the scale of the first times, so that who was not among them cannot win by it."""
     lucky, better, far = CANDIDATES[3:6]
-    quick, precise = {lucky: 50.0, better: 51.0, far: 60.0}, {lucky: 52.0, better: 50.5}
+    quick, precise = {lucky: 50.0, better: 51.0, far: 54.0}, {lucky: 60.0, better: 57.0}
     a_trial = FakeTrial(lambda config: quick.get(config, SLOW))
+    briefly = a_trial.compare_us
     compared: list[Any] = []
 
-    def compare(configs: Any) -> list[float]:
+    def compare(configs: Any, work_us: float) -> list[float]:
+        if work_us == measuring.QUICK_US:
+            return briefly(configs, work_us)
         compared.extend(configs)
-        return [precise.get(config, SLOW) for config in configs]
+        return [precise[config] for config in configs]
 
     a_trial.compare_us = compare
     (outcome,), _ = search(path, a_trial)
-    assert (outcome.config, outcome.us) == (better, 50.5)
-    assert compared == [lucky, better, CANDIDATES[0]]
+    assert (outcome.config, outcome.us) == (better, 50.0)
+    assert compared == [lucky, better]
+    of = {row.config: row.us for row in rows(path)}
+    assert of[tuned.encode(lucky)] == pytest.approx(50.0 * 60 / 57)
+    assert of[tuned.encode(far)] == 54.0
 
 
-def test_the_heuristic_is_measured_again_with_the_finalists(path: Path) -> None:
-    """It ran first, after the reference: what that cost it does not decide."""
-    first, other = CANDIDATES[0], CANDIDATES[3]
-    a_trial = FakeTrial(lambda config: {first: 60.0, other: 50.0}.get(config, SLOW))
-    a_trial.compare_us = lambda configs: [{first: 49.0, other: 51.0}[c] for c in configs]
+def test_a_hot_chip_counts_against_none(path: Path) -> None:
+    """Each is timed beside the first: that all take longer in a moment changes no ratio."""
+    best = CANDIDATES[3]
+    a_trial = FakeTrial(lambda config: 50.0 if config == best else 60.0)
+    heat = itertools.cycle([1.0, 1.3, 1.1])
+    cold = a_trial.compare_us
+
+    def compare(configs: Any, work_us: float) -> list[float]:
+        factor = next(heat)
+        return [factor * us for us in cold(configs, work_us)]
+
+    a_trial.compare_us = compare
     (outcome,), _ = search(path, a_trial)
-    assert (outcome.config, outcome.us, outcome.heuristic_us) == (first, 49.0, 49.0)
+    assert outcome.config == best
+    times = {row.config: row.us for row in rows(path)}
+    assert times.pop(tuned.encode(best)) == pytest.approx(50.0)
+    assert list(times.values()) == pytest.approx([60.0] * len(times))
 
 
 def test_candidates_that_cannot_win_are_left_out(path: Path) -> None:

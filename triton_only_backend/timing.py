@@ -103,33 +103,27 @@ def measure_in_turn(
     Raises:
         BenchmarkError: there is no GPU.
     """
+    times = replay_in_turn([capture(fns, reps=reps) for fns in calls.values()], replays=replays)
+    return dict(zip(calls, times, strict=True))
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A CUDA graph of so many calls."""
+
+    graph: Any
+    reps: int
+
+
+def capture(fns: Sequence[Callable[[], object]], *, reps: int) -> Captured:
+    """A CUDA graph of `reps` calls, the functions in turn, each of which is run once beforehand.
+
+    Raises:
+        BenchmarkError: there is no GPU.
+    """
     require_gpu()
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    graphs = {name: _captured(fns, reps, stream) for name, fns in calls.items()}
-    spans: dict[str, list[tuple[Any, Any]]] = {name: [] for name in calls}
-    with torch.cuda.stream(stream):
-        for graph in graphs.values():
-            graph.replay()
-        for _ in range(replays):
-            for name, graph in graphs.items():
-                begin: Any = torch.cuda.Event(enable_timing=True)
-                end: Any = torch.cuda.Event(enable_timing=True)
-                begin.record(stream)
-                graph.replay()
-                end.record(stream)
-                spans[name].append((begin, end))
-        stream.synchronize()
-    torch.cuda.current_stream().wait_stream(stream)
-    del graphs
-    return {
-        name: statistics.median(float(begin.elapsed_time(end)) * 1e3 / reps for begin, end in pairs)
-        for name, pairs in spans.items()
-    }
-
-
-def _captured(fns: Sequence[Callable[[], object]], reps: int, stream: Any) -> Any:
-    """A CUDA graph of `reps` calls, on a stream that is not the current one."""
     graph = torch.cuda.CUDAGraph()
     with torch.no_grad(), torch.cuda.stream(stream):
         for fn in fns:
@@ -138,7 +132,28 @@ def _captured(fns: Sequence[Callable[[], object]], reps: int, stream: Any) -> An
         with torch.cuda.graph(graph, stream=stream):
             for i in range(reps):
                 fns[i % len(fns)]()
-    return graph
+    torch.cuda.current_stream().wait_stream(stream)
+    return Captured(graph, reps)
+
+
+def replay_in_turn(captured: Sequence[Captured], *, replays: int) -> list[float]:
+    """Median device times of a call of each graph, in microseconds: a replay of each in turn."""
+    spans: list[list[tuple[Any, Any]]] = [[] for _ in captured]
+    for each in captured:
+        each.graph.replay()
+    for _ in range(replays):
+        for each, pairs in zip(captured, spans, strict=True):
+            begin: Any = torch.cuda.Event(enable_timing=True)
+            end: Any = torch.cuda.Event(enable_timing=True)
+            begin.record()
+            each.graph.replay()
+            end.record()
+            pairs.append((begin, end))
+    torch.cuda.synchronize()
+    return [
+        statistics.median(float(begin.elapsed_time(end)) * 1e3 / each.reps for begin, end in pairs)
+        for each, pairs in zip(captured, spans, strict=True)
+    ]
 
 
 def ceilings(dtype: torch.dtype) -> Ceilings:

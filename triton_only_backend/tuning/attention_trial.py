@@ -10,11 +10,10 @@ import torch
 from triton_only_backend.kernels import tuned
 from triton_only_backend.timing import copies_for, poison
 from triton_only_backend.tuning.measuring import (
+    Turns,
     error_bound,
     forced,
     relative_error,
-    timed,
-    timed_in_turn,
 )
 
 if TYPE_CHECKING:
@@ -93,6 +92,7 @@ class AttentionTrial:
             *first, is_causal=problem.is_causal, enable_gqa=True
         )
         self.bound = error_bound(relative_error(library, self.reference), first.query.dtype)
+        self.turns = Turns(self._calls)
 
     def check(self, config: Any) -> str | None:
         """See `Trial.check`."""
@@ -105,13 +105,9 @@ class AttentionTrial:
             again = attend(self.operands[0], self.problem)
             return None if torch.equal(output, again) else "a repetition gave other bits"
 
-    def time_us(self, config: Any) -> float:
-        """See `Trial.time_us`."""
-        return timed(self._calls(config))
-
-    def compare_us(self, configs: Sequence[Any]) -> list[float]:
+    def compare_us(self, configs: Sequence[Any], work_us: float) -> list[float]:
         """See `Trial.compare_us`."""
-        return timed_in_turn([self._calls(config) for config in configs])
+        return self.turns.times_us(configs, work_us)
 
     def _calls(self, config: Any) -> list[Callable[[], Any]]:
         return [

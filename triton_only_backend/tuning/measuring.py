@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from triton_only_backend.kernels import tuned
-from triton_only_backend.timing import measure, measure_in_turn
+from triton_only_backend.timing import Captured, capture, measure, replay_in_turn
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -15,8 +15,9 @@ if TYPE_CHECKING:
 # A candidate may err this much more than PyTorch's own operation on the same input: sums in another
 # order, nothing else.
 ERROR_FACTOR = 2.0
-# Microseconds of work in one CUDA graph: enough that its launch does not show.
-QUICK_US, PRECISE_US = 3_000, 8_000
+# Microseconds of work in one CUDA graph: enough that its launch does not show; and so much that
+# the chip's power has settled, which sets the pace of large products.
+QUICK_US, PRECISE_US = 3_000, 16_000
 MAX_CALLS = 400
 
 
@@ -55,19 +56,26 @@ def forced(kind: str, config: Any, call: Callable[[], Any]) -> Callable[[], Any]
     return run
 
 
-def timed(calls: Sequence[Callable[[], Any]]) -> float:
-    """Microseconds a call, by a graph of about QUICK_US of whole rotations."""
-    return measure(calls, reps=_repetitions(calls, QUICK_US), replays=3)
+class Turns:
+    """Takes configurations' times in turn.
 
-
-def timed_in_turn(candidates: Sequence[Sequence[Callable[[], Any]]]) -> list[float]:
-    """The same of several candidates' calls, by graphs of about PRECISE_US, replayed in turn.
-
-    What ran before, as the reference in fp64, so counts against none of them alone.
+    What ran before, as a reference in fp64, heats the chip for all of them alike. The graph of the
+    first is kept for the next comparison.
     """
-    reps = _repetitions(candidates[0], PRECISE_US)
-    times = measure_in_turn({str(i): calls for i, calls in enumerate(candidates)}, reps=reps)
-    return [times[str(i)] for i in range(len(candidates))]
+
+    def __init__(self, calls_of: Callable[[Any], Sequence[Callable[[], Any]]]) -> None:
+        self._calls_of = calls_of
+        self._kept: tuple[Any, float, Captured] | None = None
+
+    def times_us(self, configs: Sequence[Any], work_us: float) -> list[float]:
+        """Microseconds a call of each, by graphs of about so much work of the first."""
+        if self._kept is None or self._kept[:2] != (configs[0], work_us):
+            calls = self._calls_of(configs[0])
+            first = capture(calls, reps=_repetitions(calls, work_us))
+            self._kept = (configs[0], work_us, first)
+        first = self._kept[2]
+        others = [capture(self._calls_of(c), reps=first.reps) for c in configs[1:]]
+        return replay_in_turn([first, *others], replays=3 if work_us == QUICK_US else 5)
 
 
 def _repetitions(calls: Sequence[Callable[[], Any]], wanted_us: float) -> int:

@@ -2,7 +2,13 @@
 
 Every result goes to the database at once, so a search may end at any time, by its budget or by
 Ctrl-C, and goes on where it ended. Candidates whose least possible time is above the best measured
-are left out; the fastest few are measured once more, in turn, before one of them stands.
+are left out.
+
+All times of a problem are on one scale, that of the first candidate measured: each later one is
+timed in turn with it, and its time is that one's, multiplied by the ratio. The chip's power sets
+the pace of large products: what a candidate took by itself was up to 1.18 times as long as in
+another moment (an H200, bf16, 256 × 6144 × 4096), right after the fp64 reference above all. The
+fastest few are timed in turn once more, for longer, and only their order changes by it.
 """
 
 from __future__ import annotations
@@ -32,7 +38,7 @@ log = logging.getLogger("triton_only")
 # Noted before a candidate first runs, and replaced when it has: a fault of the GPU ends the
 # process, and the next search must not meet the same fault.
 STARTED = "ended the process that ran it"
-FINALISTS, FINALIST_MARGIN = 3, 1.03
+FINALISTS, FINALIST_MARGIN = 4, 1.06
 
 
 class Compiler(Protocol):
@@ -135,7 +141,12 @@ class Search:
     def _measure(self, kind: str, problem: Any, jobs: list[Job], end: float | None) -> None:
         if not jobs:
             return
-        best = min((t.us for t in self._known(kind, problem).values() if t.us), default=None)
+        known = [(t.us, t.config) for t in self._known(kind, problem).values() if t.us]
+        scale = None
+        best = None
+        if known:
+            best, config = min(known)
+            scale = (spaces.decode_config(kind, config), best)
         trial_of: trial.Trial | None = None
         for job in jobs:
             if end is not None and self.clock() >= end:
@@ -151,20 +162,33 @@ class Search:
                 except torch.OutOfMemoryError as error:
                     log.warning("triton_only: %s is not tuned: %s", problem, error)
                     break
-                us = self._one(job, trial_of)
-                best = us if us is not None and (best is None or us < best) else best
+                us = self._one(job, trial_of, scale)
+                if us is not None:
+                    scale = scale or (job.config, us)
+                    best = us if best is None else min(best, us)
             else:
                 self._write(job, cause)
             self.progress.advance(1)
         if trial_of is not None:
             self._finals(kind, problem, trial_of)
 
-    def _one(self, job: Job, trial_of: trial.Trial) -> float | None:
-        """Checks and measures a candidate, and writes what came out."""
+    def _one(
+        self, job: Job, trial_of: trial.Trial, scale: tuple[Any, float] | None
+    ) -> float | None:
+        """Checks and measures a candidate, and writes what came out.
+
+        Args:
+            scale: a configuration and its time, which the candidate's is to be comparable with.
+        """
         self._write(job, STARTED)
         try:
             cause = trial_of.check(job.config)
-            us = trial_of.time_us(job.config) if cause is None else None
+            us = None
+            if cause is None and scale is None:
+                (us,) = trial_of.compare_us([job.config], measuring.QUICK_US)
+            elif cause is None and scale is not None:
+                again, us = trial_of.compare_us([scale[0], job.config], measuring.QUICK_US)
+                us *= scale[1] / again
         except KeyboardInterrupt:
             self.database.remove(self._place(job.kind), self._row(job, STARTED))
             raise
@@ -177,19 +201,14 @@ class Search:
         return us
 
     def _finals(self, kind: str, problem: Any, trial_of: trial.Trial) -> None:
-        """Measures the fastest again, in turn, where they are close; and the heuristic's choice.
-
-        That one was measured first, when the chip had just computed a reference in fp64.
-        """
+        """Orders the fastest anew, where they are close; their least time stays what it was."""
         rows = sorted((t.us, t.config) for t in self._known(kind, problem).values() if t.us)
-        close = [config for us, config in rows[:FINALISTS] if us <= FINALIST_MARGIN * rows[0][0]]
-        first = tuned.encode(spaces.heuristic(kind, problem, self.hardware))
-        if first not in close and first in {config for _, config in rows}:
-            close.append(first)
+        close = [text for us, text in rows[:FINALISTS] if us <= FINALIST_MARGIN * rows[0][0]]
         if len(close) > 1:
             configs = [spaces.decode_config(kind, text) for text in close]
-            for config, us in zip(configs, trial_of.compare_us(configs), strict=True):
-                self._write(Job(kind, problem, config), MEASURED, us)
+            times = trial_of.compare_us(configs, measuring.PRECISE_US)
+            for config, us in zip(configs, times, strict=True):
+                self._write(Job(kind, problem, config), MEASURED, us * rows[0][0] / min(times))
 
     def outcome(self, kind: str, problem: Any) -> Outcome:
         """What the database now holds of a problem."""

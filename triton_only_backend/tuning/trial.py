@@ -13,11 +13,10 @@ from triton_only_backend.kernels.loading import load
 from triton_only_backend.timing import copies_for
 from triton_only_backend.tuning import attention_trial
 from triton_only_backend.tuning.measuring import (
+    Turns,
     error_bound,
     forced,
     relative_error,
-    timed,
-    timed_in_turn,
 )
 
 if TYPE_CHECKING:
@@ -34,11 +33,8 @@ class Trial(Protocol):
     def check(self, config: Any) -> str | None:
         """What is wrong with the results of a configuration; None if nothing is."""
 
-    def time_us(self, config: Any) -> float:
-        """Microseconds a call."""
-
-    def compare_us(self, configs: Sequence[Any]) -> list[float]:
-        """The same, longer, of several configurations in turn."""
+    def compare_us(self, configs: Sequence[Any], work_us: float) -> list[float]:
+        """Microseconds a call, in turn, by graphs of about so much work; see `measuring.Turns`."""
 
 
 def call(kind: str, problem: Any, device: torch.device) -> Callable[[], Any]:
@@ -105,6 +101,7 @@ class GemmTrial:
         with fp32_precision(problem):
             library = relative_error(torch.bmm(a, b), self.reference)
         self.bound = error_bound(library, out.dtype)
+        self.turns = Turns(self._calls)
 
     def check(self, config: Any) -> str | None:
         """See `Trial.check`: every element written, as near to fp64 as the library, repeatable."""
@@ -120,15 +117,10 @@ class GemmTrial:
             matmul(a, b, None, again)
             return None if torch.equal(out, again) else "a repetition gave other bits"
 
-    def time_us(self, config: Any) -> float:
-        """See `Trial.time_us`."""
-        with fp32_precision(self.problem):
-            return timed(self._calls(config))
-
-    def compare_us(self, configs: Sequence[Any]) -> list[float]:
+    def compare_us(self, configs: Sequence[Any], work_us: float) -> list[float]:
         """See `Trial.compare_us`."""
         with fp32_precision(self.problem):
-            return timed_in_turn([self._calls(config) for config in configs])
+            return self.turns.times_us(configs, work_us)
 
     def _calls(self, config: Any) -> list[Callable[[], Any]]:
         matmul = load("matmul").matmul
