@@ -93,11 +93,12 @@ def _streams_in_tiles(problem: GemmProblem, hardware: Hardware) -> bool:
 def _is_small(problem: GemmProblem, hardware: Hardware) -> bool:
     """Whether so small tiles that each multiprocessor has one are best, with no second launch.
 
-    Measured on an H200, bf16, 1024 × 1024, µs: 8 to 64 rows 4.0 to 4.2, 5 to 6 with K divided.
+    Measured on an H200, bf16, 1024 × 1024, µs: 8 to 64 rows 4.0 to 4.2, 5 to 6 with K divided. 32 ×
+    1024 × 1152 4.4 for 6.5, 64 × 320 × 1792 4.8 for 5.9, 128 × 448 × 1536 4.6 for 5.6.
     """
     blocks = math.ceil(problem.M / 16) * math.ceil(problem.N / 32)
-    few = problem.M <= SKINNY_MAX_ROWS and blocks <= hardware.num_sms
-    return few and 256 < problem.K <= 1024 and _is_single(problem, hardware)
+    few = problem.M <= 2 * SKINNY_MAX_ROWS and blocks <= hardware.num_sms
+    return few and 256 < problem.K <= 2048 and _is_single(problem, hardware)
 
 
 def pointer_config(problem: GemmProblem, hardware: Hardware) -> GemmConfig:

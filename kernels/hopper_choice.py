@@ -13,7 +13,12 @@ from triton_only_backend.kernels.gemm_configs import (
     GemmProblem,
     shares,
 )
-from triton_only_backend.kernels.hopper_rates import BYTES_PER_US, DIVISION_US, STEP_US
+from triton_only_backend.kernels.hopper_rates import (
+    BYTES_PER_US,
+    DIVISION_US,
+    SHARER_US,
+    STEP_US,
+)
 from triton_only_backend.kernels.sizes import fullness_of_waves, next_power_of_2
 
 if TYPE_CHECKING:
@@ -23,10 +28,12 @@ if TYPE_CHECKING:
 
 # BLOCK_M, BLOCK_N, BLOCK_K, warps, stages, halves of the store; µs that one multiprocessor of an
 # H200 takes for such a tile with K = 4096, bf16 (one full wave, less 2.5 µs for launch and fill).
+# Of 64 × 256 more than the 22.5 that a wave by itself takes: 64 × 57344 × 8192 takes 241 so, 235
+# in tiles of 64 × 128, and 2048 × 832 × 5376 50, in tiles of 128 × 128 31.
 _HOPPER_TILES = (
     (64, 64, 128, 4, 6, False, 8.4),
     (64, 128, 128, 4, 4, False, 14.3),
-    (64, 256, 64, 4, 5, True, 22.5),
+    (64, 256, 64, 4, 5, True, 29.0),
     (128, 128, 64, 8, 6, True, 22.6),
     (128, 256, 64, 8, 4, True, 42.0),
 )
@@ -50,12 +57,17 @@ def hopper_config(problem: GemmProblem, hardware: Hardware) -> GemmConfig | None
     return min(choices, key=lambda choice: choice[0])[1]
 
 
+# A single wave as full as this is not divided: 112 tiles of 256 × 14336 × 4096 took 47.0 µs whole,
+# 50.4 divided, an H200. Nor are tiles of so few rows, which wait for memory: 128 × 8192 × 8192 38.7
+# by `gemm_tma`, 47 divided.
+_NEARLY_FULL, _UNDIVIDED_ROWS = 0.8, 128
 # Tiles of `gemm_hopper`, and whether the last wave's are divided. Its other tiles are level with
 # `gemm_tma`'s.
 _WARP_SPECIALISED = (
     ((128, 96), False),
     ((128, 160), False),
     ((128, 192), False),
+    ((128, 128), True),
     ((128, 256), True),
 )
 
@@ -66,8 +78,9 @@ def _warp_specialised(
     """Configurations of `gemm_hopper`, and the time of each in µs.
 
     Measured on an H200, bf16, µs (cuBLAS, `gemm_tma`): 512 × 6144 × 4096 36.4 (35.4, 41.9) in one
-    wave of 128 × 192; 256 × 10240 × 8192 69.7 (61.8, 81); 4096 × 57344 × 8192 5628 (5839, 6032),
-    the last wave divided.
+    wave of 128 × 192; 256 × 10240 × 8192 67.8 (62.0, 81), 256 × 57344 × 8192 330 (328, 349) and
+    4096 × 57344 × 8192 5628 (5839, 6032) of 128 × 256, the last wave divided; 512 × 2560 × 10240
+    42.9 (37.2, 44.3) of 128 × 128, all divided.
     """
     read = (problem.M + problem.N) * problem.K * problem.element_size / BYTES_PER_US
     steps = math.ceil(problem.K / 64)
@@ -79,11 +92,18 @@ def _warp_specialised(
         share = shares(problem.batch, problem.M, problem.N, problem.K, config, hardware.num_sms)
         if stream_k != share.divided:
             continue
+        tiles = math.ceil(problem.M / block_m) * math.ceil(problem.N / block_n)
+        nearly_full = tiles <= hardware.num_sms < tiles / _NEARLY_FULL
+        if stream_k and (nearly_full or problem.M <= _UNDIVIDED_ROWS):
+            continue
         each = math.ceil(share.whole / share.programs) * steps  # of the busiest program
+        compute = 0.0
         if stream_k:
-            tiles = math.ceil(problem.M / block_m) * math.ceil(problem.N / block_n)
-            each += math.ceil((tiles - share.whole) * steps / share.programs)
-        compute = 2.5 + each * STEP_US[block_m, block_n] + (DIVISION_US if stream_k else 0.0)
+            divided = tiles - share.whole
+            each += math.ceil(divided * steps / share.programs)
+            sharers = share.programs / divided * block_m * block_n / 32768
+            compute += DIVISION_US + SHARER_US * sharers
+        compute += 2.5 + each * STEP_US[block_m, block_n]
         yield math.hypot(compute, read), config
 
 

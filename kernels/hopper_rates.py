@@ -4,15 +4,15 @@ from __future__ import annotations
 
 # Bytes a µs from memory.
 BYTES_PER_US = 4.2e6
-# µs that a multiprocessor takes for 64 of K on a tile of `gemm_hopper`, all of them at work; 96 and
-# 160 columns reckoned from what shared memory moves (see there), by the share of it that 192 reach.
+# µs that a multiprocessor takes for 64 of K on a tile of `gemm_hopper`, all of them at work.
 STEP_US = {
-    (128, 96): 0.345,
+    (128, 96): 0.30,
     (128, 128): 0.36,
-    (128, 160): 0.465,
+    (128, 160): 0.43,
     (128, 192): 0.525,
     (128, 256): 0.655,
     (256, 128): 0.655,
 }
-# µs that dividing its tiles costs: measured 15 to 24, from M = 256 to 1024.
-DIVISION_US = 22.0
+# µs that dividing the last tiles costs, and for each program of those that share one of 128 × 256.
+# Measured as 3 to 10 where two share a tile, 9 where three or four do, 16 where seven do.
+DIVISION_US, SHARER_US = 3.0, 2.0

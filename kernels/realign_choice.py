@@ -27,6 +27,8 @@ _STEP_US, _REDUCTION_US = 0.45, 3.5  # of 32 along K, in place; of partial sums
 # Rows: columns, elements along K and warps of `gemv`. 3.7, 4.1 and 5.3 µs of N, K = 5333, 495, and
 # with 4 columns of 512 and a warp 4.5, 4.8 and 6.6.
 _GEMV = {1: (8, 512, 2), 2: (8, 512, 1), 4: (4, 256, 1)}
+# … where those would leave multiprocessors idle, for up to 2 rows: 2 × 448 × 5789 6.3 for 21.2.
+_GEMV_OF_FEW_COLUMNS = (4, 1024, 8)
 
 
 def realign_us(problem: GemmProblem) -> float:
@@ -61,5 +63,7 @@ def unaligned_gemv(problem: GemmProblem, hardware: Hardware) -> GemmConfig | Non
     if not hardware.has_wgmma or not few or not seen.b_k_contiguous:
         return None
     block_n, block_k, warps = _GEMV[next_power_of_2(seen.M)]
+    if seen.M <= 2 and seen.batch * math.ceil(seen.N / block_n) < hardware.num_sms:
+        block_n, block_k, warps = _GEMV_OF_FEW_COLUMNS
     block_k = min(block_k, max(next_power_of_2(seen.K), 32))
     return GemmConfig("gemv", 1, block_n, block_k, 1, 1, warps, 2, swap)

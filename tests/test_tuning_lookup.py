@@ -16,7 +16,7 @@ from triton_only_backend import database as databases
 from triton_only_backend import settings
 from triton_only_backend.database import MEASURED, DatabaseError, Place, Trial
 from triton_only_backend.kernels import hardware, shipped_tables, tuned
-from triton_only_backend.kernels.gemm_choice import heuristic_config, select_config
+from triton_only_backend.kernels.gemm_choice import general_config, heuristic_config, select_config
 from triton_only_backend.kernels.gemm_configs import (
     EpilogueTraits,
     GemmConfig,
@@ -395,7 +395,8 @@ def test_what_would_leave_a_wave_half_empty_is_computed_apart(
     Where Gluon is not known, whose kernel divides them.
     """
     monkeypatch.setattr(hardware, "gluon_is_known", lambda: False)
-    heuristic_config.cache_clear()
+    for cached in (heuristic_config, general_config):
+        cached.cache_clear()
     problem = GemmProblem(1, 512, 28672, 4096, 2, False, True, True)
     config = heuristic_config(problem, H200)
     assert (config.block_m, config.block_n, config.columns) == (128, 256, 99 * 256)
@@ -405,7 +406,8 @@ def test_what_would_leave_a_wave_half_empty_is_computed_apart(
         dataclasses.replace(problem, M=16),
     ):
         assert heuristic_config(other, H200).columns == 0
-    heuristic_config.cache_clear()
+    for cached in (heuristic_config, general_config):
+        cached.cache_clear()
 
 
 def test_what_the_kernels_are_made_of_is_in_their_hash():
