@@ -20,7 +20,10 @@ def without_gpu(monkeypatch):
 
     def once(fns, *, reps):
         fns[0]()
-        return 2.0
+        return fns
+
+    def played(captured, *, replays):
+        return [2.0 for _ in captured]
 
     def no_flex(case, device):
         def call(operands):
@@ -29,7 +32,8 @@ def without_gpu(monkeypatch):
         return call
 
     monkeypatch.setattr(attention, "require_gpu", lambda: CPU)
-    monkeypatch.setattr(attention, "measure", once)
+    monkeypatch.setattr(attention, "capture", once)
+    monkeypatch.setattr(attention, "replay_in_turn", played)
     monkeypatch.setattr(attention, "flex_call", no_flex)
     monkeypatch.setattr(attention, "BACKENDS", {"math": attention.BACKENDS["math"]})
     monkeypatch.setattr(attention_cases, "copies_for", lambda _: 1)

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 # More than any L2 cache holds several times over, so that a rotating operand is read from memory.
 ROTATION_BYTES = 300_000_000
+# Timed replays of a graph, after one that is not.
+REPLAYS = 7
 
 
 class BenchmarkError(TritonOnlyError, RuntimeError):
@@ -73,7 +75,7 @@ def repetitions(floor_us: float, rotation: int) -> int:
     return -(-wanted // rotation) * rotation if rotation < wanted else wanted
 
 
-def measure(fns: Sequence[Callable[[], object]], *, reps: int, replays: int = 7) -> float:
+def measure(fns: Sequence[Callable[[], object]], *, reps: int, replays: int = REPLAYS) -> float:
     """Median device time of a call, in microseconds.
 
     Args:
@@ -88,7 +90,7 @@ def measure(fns: Sequence[Callable[[], object]], *, reps: int, replays: int = 7)
 
 
 def measure_in_turn(
-    calls: Mapping[str, Sequence[Callable[[], object]]], *, reps: int, replays: int = 7
+    calls: Mapping[str, Sequence[Callable[[], object]]], *, reps: int, replays: int = REPLAYS
 ) -> dict[str, float]:
     """Median device times of several calls, by name, in microseconds: a replay of each in turn.
 

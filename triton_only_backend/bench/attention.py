@@ -5,6 +5,7 @@ The cases are in `attention_cases`.
 
 from __future__ import annotations
 
+import functools
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,15 @@ from triton_only_backend.bench.attention_errors import gradient_errors, referenc
 from triton_only_backend.bench.gemm import geomean
 from triton_only_backend.bench.models import DTYPES
 from triton_only_backend.bench.record import Record, format_value
-from triton_only_backend.timing import ceilings, measure, poison, repetitions, require_gpu
+from triton_only_backend.timing import (
+    REPLAYS,
+    capture,
+    ceilings,
+    poison,
+    repetitions,
+    replay_in_turn,
+    require_gpu,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -151,13 +160,14 @@ def measure_case(
         gradients = gradient_errors(case, copies[0], found)
     found.clear()
     floor = limits.floor_us(case.bytes_moved(dtype.itemsize), case.flops)
-    times = {}
-    for name, call in calls.items():
-        reps = repetitions(floor if name != "math" else 20 * floor, len(copies))
-        times[name] = measure(
-            [lambda c=call, o=operands: c(o) for operands in copies],  # type: ignore[misc]
-            reps=reps,
+    captured = [
+        capture(
+            [functools.partial(call, operands) for operands in copies],
+            reps=repetitions(floor if name != "math" else 20 * floor, len(copies)),
         )
+        for name, call in calls.items()
+    ]
+    times = dict(zip(calls, replay_in_turn(captured, replays=REPLAYS), strict=True))
     library = {name: us for name, us in times.items() if name in BACKENDS}
     best = min(library, key=library.__getitem__)
     ours = times["ours"]
