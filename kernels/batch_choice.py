@@ -12,7 +12,7 @@ from triton_only_backend.kernels.gemm_configs import (
     GemmProblem,
     shares,
 )
-from triton_only_backend.kernels.hopper_rates import BYTES_PER_US, DIVISION_US, STEP_US
+from triton_only_backend.kernels.hopper_rates import BYTES_PER_US, STEP_US, division_us
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -24,6 +24,8 @@ _WRITE_US = 1.3  # that a multiprocessor takes for writing a tile of 128 × 256
 _L2_BYTES_PER_US = 5.5e6
 # Steps below which dividing tiles is not thought of.
 _DIVISION_STEPS = 64
+# What dividing must promise, whose cost was measured of single products.
+_DIVISION_GAIN = 0.96
 # Rows up to which another kernel puts the weight's rows on the tensor cores' M side: always, and
 # from so much of K on, where reading the weights is all the time there is (8 × 64 × 14336 × 4096
 # takes it 241 µs on an H200, this one 263).
@@ -67,11 +69,13 @@ def _choices(problem: GemmProblem, hardware: Hardware) -> Iterator[tuple[float, 
             share = shares(batch, problem.M, problem.N, problem.K, config, hardware.num_sms)
             if share.divided != stream_k:
                 continue
-            each: float = math.ceil(share.whole / share.programs)
+            busy = 2.5 + math.ceil(share.whole / share.programs) * tile_us
             if stream_k:
-                each += (tiles - share.whole) / share.programs
-            busy = 2.5 + each * tile_us + (DIVISION_US if stream_k else 0.0)
-            yield math.hypot(busy, max(memory, from_l2)), config
+                divided = tiles - share.whole
+                busy += divided / share.programs * tile_us
+                busy += division_us(share.programs, divided, block_m, block_n)
+            cost = math.hypot(busy, max(memory, from_l2))
+            yield cost / _DIVISION_GAIN if stream_k else cost, config
 
 
 def short_gemv(problem: GemmProblem, config: GemmConfig, hardware: Hardware) -> GemmConfig:

@@ -13,12 +13,7 @@ from triton_only_backend.kernels.gemm_configs import (
     GemmProblem,
     shares,
 )
-from triton_only_backend.kernels.hopper_rates import (
-    BYTES_PER_US,
-    DIVISION_US,
-    SHARER_US,
-    STEP_US,
-)
+from triton_only_backend.kernels.hopper_rates import BYTES_PER_US, STEP_US, division_us
 from triton_only_backend.kernels.sizes import fullness_of_waves, next_power_of_2
 
 if TYPE_CHECKING:
@@ -101,8 +96,7 @@ def _warp_specialised(
         if stream_k:
             divided = tiles - share.whole
             each += math.ceil(divided * steps / share.programs)
-            sharers = share.programs / divided * block_m * block_n / 32768
-            compute += DIVISION_US + SHARER_US * sharers
+            compute += division_us(share.programs, divided, block_m, block_n)
         compute += 2.5 + each * STEP_US[block_m, block_n]
         yield math.hypot(compute, read), config
 

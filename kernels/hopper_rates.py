@@ -15,4 +15,9 @@ STEP_US = {
 }
 # µs that dividing the last tiles costs, and for each program of those that share one of 128 × 256.
 # Measured as 3 to 10 where two share a tile, 9 where three or four do, 16 where seven do.
-DIVISION_US, SHARER_US = 3.0, 2.0
+_DIVISION_US, _SHARER_US = 3.0, 2.0
+
+
+def division_us(programs: int, divided: int, block_m: int, block_n: int) -> float:
+    """What it costs that so many programs share the divided ones of a product's tiles."""
+    return _DIVISION_US + _SHARER_US * programs / divided * block_m * block_n / 32768
