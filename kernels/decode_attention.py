@@ -39,8 +39,8 @@ from triton_only_backend.kernels.split_kv import (
 )
 
 if TYPE_CHECKING:
-    from triton_only_backend.kernels.attention_configs import DecodeConfig
     from triton_only_backend.kernels.attention_modifiers import Modifiers
+    from triton_only_backend.kernels.decode_configs import DecodeConfig
     from triton_only_backend.kernels.hardware import Hardware
 
 # Partial outputs that a program combines in one step, per warp: their latencies overlap.

@@ -7,13 +7,9 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from triton_only_backend.kernels.epilogue_traits import OPERAND_BYTES, EpilogueTraits
 from triton_only_backend.kernels.gemm_choice import fit_stages
-from triton_only_backend.kernels.gemm_configs import (
-    OPERAND_BYTES,
-    SKINNY_MAX_ROWS,
-    EpilogueTraits,
-    GemmProblem,
-)
+from triton_only_backend.kernels.gemm_configs import SKINNY_MAX_ROWS, GemmProblem
 from triton_only_backend.kernels.hopper_choice import hopper_choice
 from triton_only_backend.kernels.sizes import next_power_of_2
 

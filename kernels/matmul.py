@@ -9,6 +9,7 @@ import torch
 from triton_only_backend.errors import UnsupportedProblemError
 from triton_only_backend.kernels import hardware
 from triton_only_backend.kernels.epilogue import NO_EPILOGUE, Epilogue
+from triton_only_backend.kernels.epilogue_traits import EpilogueTraits, with_registers, with_staging
 from triton_only_backend.kernels.gemm import gemm
 from triton_only_backend.kernels.gemm_choice import (
     general_config,
@@ -16,15 +17,7 @@ from triton_only_backend.kernels.gemm_choice import (
     pointer_config,
     select_config,
 )
-from triton_only_backend.kernels.gemm_configs import (
-    EpilogueTraits,
-    GemmConfig,
-    GemmProblem,
-    bucket,
-    ring_of,
-    with_registers,
-    with_staging,
-)
+from triton_only_backend.kernels.gemm_configs import GemmConfig, GemmProblem, bucket, ring_of
 from triton_only_backend.kernels.gemm_tma import gemm_tma, has_aligned_rows
 from triton_only_backend.kernels.gemv import gemv
 from triton_only_backend.kernels.hopper_choice import hopper_choice

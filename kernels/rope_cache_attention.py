@@ -24,11 +24,7 @@ import triton
 import triton.language as tl
 
 from triton_only_backend.kernels import hardware
-from triton_only_backend.kernels.attention_configs import (
-    AttentionProblem,
-    DecodeConfig,
-    select_rope_cache_config,
-)
+from triton_only_backend.kernels.attention_configs import AttentionProblem
 from triton_only_backend.kernels.decode_attention import (
     Splits,
     arrange_splits,
@@ -37,6 +33,7 @@ from triton_only_backend.kernels.decode_attention import (
     prefetch,
     scan_tiles,
 )
+from triton_only_backend.kernels.decode_configs import DecodeConfig, select_rope_cache_config
 from triton_only_backend.kernels.dependent_launch import (
     launch_options,
     release_dependents,

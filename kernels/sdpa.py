@@ -27,11 +27,11 @@ from triton_only_backend.kernels.attention_arguments import (
 from triton_only_backend.kernels.attention_backward_configs import select_backward_config
 from triton_only_backend.kernels.attention_configs import (
     AttentionProblem,
-    select_decode_config,
     select_flash_config,
     uses_decode_kernel,
 )
 from triton_only_backend.kernels.decode_attention import decode_attention
+from triton_only_backend.kernels.decode_configs import select_decode_config
 from triton_only_backend.kernels.flash_attention import flash_attention
 from triton_only_backend.kernels.flash_attention_backward import flash_attention_backward
 from triton_only_backend.kernels.hopper_attention_configs import (

@@ -505,7 +505,7 @@ def rope_cache() -> None:
 @problem
 def rope_cache_apart() -> None:
     """So many splits that rotation and cache write take a launch of their own."""
-    from triton_only_backend.kernels.attention_configs import DecodeConfig
+    from triton_only_backend.kernels.decode_configs import DecodeConfig
     from triton_only_backend.kernels.rope_cache_attention import attention_rope_cache
     from triton_only_backend.kernels.rope_cache_ops import Inputs
 

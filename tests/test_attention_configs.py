@@ -18,6 +18,7 @@ from torch.torch_version import TorchVersion
 
 from triton_only_backend.kernels import attention_backward_configs as backward_configs
 from triton_only_backend.kernels import attention_configs as configs
+from triton_only_backend.kernels import decode_configs
 from triton_only_backend.kernels.attention_configs import AttentionProblem
 from triton_only_backend.kernels.hardware import INTERPRETER
 from triton_only_backend.kernels.sizes import next_power_of_2
@@ -45,8 +46,8 @@ def test_configurations_fit_shared_memory(head_dim, element_size, has_mask, arch
     assert configs.flash_shared_memory(problem, flash, gpu) <= gpu.shared_memory
     assert not flash.tma or gpu.has_wgmma
     problem = replace(problem, len_q=1)
-    decode = configs.select_decode_config(problem, gpu)
-    assert configs.decode_shared_memory(problem, decode, gpu) <= gpu.shared_memory
+    decode = decode_configs.select_decode_config(problem, gpu)
+    assert decode_configs.decode_shared_memory(problem, decode, gpu) <= gpu.shared_memory
 
 
 def test_hopper_prefill():
@@ -96,23 +97,23 @@ def test_which_kernel(changes, expected):
     ],
 )
 def test_splits_fill_the_multiprocessors_once_or_twice(batch, len_kv, splits):
-    config = configs.select_decode_config(replace(DECODE, batch=batch, len_kv=len_kv), H200)
+    config = decode_configs.select_decode_config(replace(DECODE, batch=batch, len_kv=len_kv), H200)
     assert config.num_splits == splits
 
 
 def test_short_splits_take_fine_tiles():
-    def tile(len_kv, batch=1, select=configs.select_decode_config):
+    def tile(len_kv, batch=1, select=decode_configs.select_decode_config):
         return select(replace(DECODE, batch=batch, len_kv=len_kv), H200).block_n
 
     assert [tile(n) for n in (768, 2048, 4096, 131072)] == [64, 64, 128, 128]
     assert [tile(n, batch=64) for n in (1024, 4096)] == [32, 128]
-    between = configs.select_rope_cache_config
+    between = decode_configs.select_rope_cache_config
     assert [tile(n, select=between) for n in (768, 4096)] == [32, 128]
 
 
 def test_interpreter_takes_large_blocks():
     assert configs.select_flash_config(PREFILL, INTERPRETER).block_n == 256
-    assert configs.select_decode_config(DECODE, INTERPRETER).num_splits == 1
+    assert decode_configs.select_decode_config(DECODE, INTERPRETER).num_splits == 1
     assert backward_configs.select_backward_config(PREFILL, INTERPRETER).block_m1 == 128
     tiny = replace(PREFILL, len_q=5, len_kv=5)
     assert configs.select_flash_config(tiny, INTERPRETER).block_m == 16
@@ -276,7 +277,7 @@ def launch_all(arch, dtype, head_dim, causal, mask, without_tma):
             continue
         options["modifiers"] = modifiers
         if len_q == 1:
-            config = configs.select_decode_config(problem, gpu)
+            config = decode_configs.select_decode_config(problem, gpu)
             decode_attention.decode_attention(
                 query, key, key, bias, query, lse, config=config, **options
             )

@@ -7,17 +7,14 @@ import torch
 import torch.nn.functional as F
 from attention_reference import DEVICE, DTYPES, reference, tensors
 
-from triton_only_backend.kernels import attention_configs, hardware
+from triton_only_backend.kernels import attention_configs, decode_configs, hardware
 from triton_only_backend.kernels.attention_backward_configs import (
     BackwardConfig,
     select_backward_config,
 )
-from triton_only_backend.kernels.attention_configs import (
-    AttentionProblem,
-    DecodeConfig,
-    FlashConfig,
-)
+from triton_only_backend.kernels.attention_configs import AttentionProblem, FlashConfig
 from triton_only_backend.kernels.decode_attention import decode_attention
+from triton_only_backend.kernels.decode_configs import DecodeConfig
 from triton_only_backend.kernels.flash_attention import flash_attention
 from triton_only_backend.kernels.flash_attention_backward import flash_attention_backward
 from triton_only_backend.kernels.tma_layout import tma_can_load
@@ -58,7 +55,7 @@ def attend(kernel, query, key, value, attn_mask=None, is_causal=False, scale=Non
         config = config or attention_configs.select_flash_config(problem, device)
         run = flash_attention
     else:
-        config = config or attention_configs.select_decode_config(problem, device)
+        config = config or decode_configs.select_decode_config(problem, device)
         run = decode_attention
     run(
         query,

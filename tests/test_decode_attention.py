@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from attention_reference import DEVICE, DTYPES, reference, tensors
 
-from triton_only_backend.kernels.attention_configs import DecodeConfig
+from triton_only_backend.kernels.decode_configs import DecodeConfig
 
 THREE_SPLITS = DecodeConfig(16, 3, 4, 1, 16, 4)
 
@@ -290,8 +290,9 @@ def compile_cases(target):
     """Prints a row of JSON for each kernel of each case, with counters and without."""
     compiled = cross_compile.compile_for(target)
 
-    from triton_only_backend.kernels import attention_configs as configs
     from triton_only_backend.kernels import decode_attention as module
+    from triton_only_backend.kernels.attention_configs import AttentionProblem
+    from triton_only_backend.kernels.decode_configs import select_decode_config
     from triton_only_backend.kernels.rope_cache_attention import attention_rope_cache
     from triton_only_backend.kernels.rope_cache_ops import Inputs
 
@@ -305,8 +306,8 @@ def compile_cases(target):
         query, out = empty(2, heads, 1, dim), empty(2, 1, heads, dim).transpose(1, 2)
         cache = empty(2, kv_heads, length, dim)
         bias = None if mask is None else empty(2, 1, 1, length, dtype=getattr(torch, mask))
-        config = configs.select_decode_config(
-            configs.AttentionProblem(
+        config = select_decode_config(
+            AttentionProblem(
                 2, heads, kv_heads, 1, length, dim, dim, dtype.itemsize, False, bias is not None
             ),
             gpu,

@@ -11,15 +11,14 @@ import torch
 from cross_compile import rows_of
 from test_gemm import assert_as_accurate
 
+from triton_only_backend.kernels.epilogue_traits import EpilogueTraits, with_registers
 from triton_only_backend.kernels.gemm_choice import general_config, heuristic_config
 from triton_only_backend.kernels.gemm_configs import (
     HOPPER_TILES,
-    EpilogueTraits,
     GemmConfig,
     GemmProblem,
     shares,
     supports,
-    with_registers,
 )
 from triton_only_backend.kernels.hardware import Hardware
 

@@ -308,7 +308,7 @@ DECODE_FAULTS = {
 def decode(device: str) -> None:
     """One query of two heads a KV head over 103 keys in three splits, by one launch."""
     from triton_only_backend.kernels import tuned
-    from triton_only_backend.kernels.attention_configs import DecodeConfig
+    from triton_only_backend.kernels.decode_configs import DecodeConfig
 
     query, key, value = heads(1, device, count=4), heads(103, device), heads(103, device)
     with tuned.forcing("decode_attention", DecodeConfig(16, 3, 4, 1, 16, 4)):

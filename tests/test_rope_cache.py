@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 import triton_only_backend  # noqa: F401
 from triton_only_backend.errors import UnsupportedProblemError
-from triton_only_backend.kernels.attention_configs import DecodeConfig
+from triton_only_backend.kernels.decode_configs import DecodeConfig
 
 op = torch.ops.triton_only.attention_rope_cache
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

@@ -238,7 +238,7 @@ def bits(t):
 
 def present(x, rope):
     """The caches as the other kernel leaves them."""
-    from triton_only_backend.kernels.attention_configs import select_rope_cache_config
+    from triton_only_backend.kernels.decode_configs import select_rope_cache_config
     from triton_only_backend.kernels.rope_cache_attention import attention_rope_cache
 
     batch, heads, _, dim = x.query.shape

@@ -22,7 +22,7 @@ from played_tuning import (
 from triton_only_backend import database as databases
 from triton_only_backend.database import MEASURED
 from triton_only_backend.kernels import tuned
-from triton_only_backend.tuning import gemm_space, measuring, problems
+from triton_only_backend.tuning import gemm_cost, gemm_space, measuring, problems
 from triton_only_backend.tuning.search import STARTED, Search
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def test_a_hot_chip_counts_against_none(path: Path) -> None:
 def test_candidates_that_cannot_win_are_left_out(path: Path) -> None:
     _, large = problems.product(1, 512, 6144, 4096)
     found = gemm_space.candidates(large, H200, 40)
-    bounds = {c: gemm_space.bound_us(large, c, H200) for c in found}
+    bounds = {c: gemm_cost.bound_us(large, c, H200) for c in found}
     fast = min(bounds.values()) * 1.001
     a_trial = FakeTrial(lambda c: fast)
     (_,), progress = search(path, a_trial, problem=large, limit=40)

@@ -13,7 +13,7 @@ from triton_only_backend.kernels.attention_configs import AttentionProblem, sele
 from triton_only_backend.kernels.gemm_choice import heuristic_config
 from triton_only_backend.kernels.gemm_configs import GemmConfig, GemmProblem, supports
 from triton_only_backend.kernels.shipped_tables import shipped_tables
-from triton_only_backend.tuning import gemm_space, problems, spaces
+from triton_only_backend.tuning import gemm_cost, gemm_space, problems, spaces
 from triton_only_backend.tuning.compilation import Job, compiled_as
 
 if TYPE_CHECKING:
@@ -44,16 +44,16 @@ def test_candidates_compute_the_problem_and_fit(problem: GemmProblem, device: Ha
             held = config.num_stages - (device.backend == "hip" and config.num_stages > 1)
             assert held * stage * config.resident <= device.shared_memory
             assert config.block_m * config.block_n <= 128 * 32 * config.num_warps
-        assert gemm_space.bound_us(problem, config, device) > 0
-        assert gemm_space.cost_us(problem, config, device) > 0
+        assert gemm_cost.bound_us(problem, config, device) > 0
+        assert gemm_cost.cost_us(problem, config, device) > 0
 
 
 @pytest.mark.parametrize("device", [H200, A100], ids=lambda h: h.arch)
 @pytest.mark.parametrize("problem", SOME, ids=str)
 def test_no_bound_is_above_the_model(problem: GemmProblem, device: Hardware) -> None:
     for config in gemm_space.candidates(problem, device):
-        bound = gemm_space.bound_us(problem, config, device)
-        assert bound <= gemm_space.cost_us(problem, config, device)
+        bound = gemm_cost.bound_us(problem, config, device)
+        assert bound <= gemm_cost.cost_us(problem, config, device)
 
 
 # Tile, warps, stages, resident, halves, split, exchanged; µs on an H200, bf16, K-contiguous

@@ -16,13 +16,9 @@ from triton_only_backend import database as databases
 from triton_only_backend import settings
 from triton_only_backend.database import MEASURED, DatabaseError, Place, Trial
 from triton_only_backend.kernels import hardware, shipped_tables, tuned
+from triton_only_backend.kernels.epilogue_traits import EpilogueTraits, with_staging
 from triton_only_backend.kernels.gemm_choice import general_config, heuristic_config, select_config
-from triton_only_backend.kernels.gemm_configs import (
-    EpilogueTraits,
-    GemmConfig,
-    GemmProblem,
-    with_staging,
-)
+from triton_only_backend.kernels.gemm_configs import GemmConfig, GemmProblem
 from triton_only_backend.kernels.hardware import INTERPRETER, Hardware
 from triton_only_backend.kernels.linear_configs import PairConfig, select_pair
 

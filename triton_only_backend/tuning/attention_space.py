@@ -8,16 +8,18 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
 from triton_only_backend.kernels.attention_configs import (
-    MAX_SPLITS,
     AttentionProblem,
-    DecodeConfig,
     FlashConfig,
-    decode_fits,
     flash_fits,
-    heuristic_decode_config,
     heuristic_flash_config,
 )
-from triton_only_backend.tuning.gemm_space import rates_of
+from triton_only_backend.kernels.decode_configs import (
+    MAX_SPLITS,
+    DecodeConfig,
+    decode_fits,
+    heuristic_decode_config,
+)
+from triton_only_backend.tuning.gemm_cost import rates_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -9,16 +9,18 @@ from typing import TYPE_CHECKING, Any
 from triton_only_backend.kernels import tuned
 from triton_only_backend.kernels.attention_configs import (
     AttentionProblem,
-    DecodeConfig,
     FlashConfig,
-    heuristic_decode_config,
     heuristic_flash_config,
-    select_decode_config,
     select_flash_config,
+)
+from triton_only_backend.kernels.decode_configs import (
+    DecodeConfig,
+    heuristic_decode_config,
+    select_decode_config,
 )
 from triton_only_backend.kernels.gemm_choice import heuristic_config, select_config
 from triton_only_backend.kernels.gemm_configs import GemmConfig, GemmProblem
-from triton_only_backend.tuning import attention_space, gemm_space
+from triton_only_backend.tuning import attention_space, gemm_cost, gemm_space
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -51,7 +53,7 @@ SPACES = {
         select_config,
         heuristic_config,
         gemm_space.candidates,
-        gemm_space.bound_us,
+        gemm_cost.bound_us,
     ),
     "flash_attention": Space(
         AttentionProblem,
