@@ -284,7 +284,7 @@ def test_no_piece_is_staged_where_the_one_before_may_be_read(tile):
 
 
 SCRIPT = """
-import json, sys
+import json, re, sys
 from cross_compile import compile_for
 compiled = compile_for("sm90")
 import torch
@@ -292,6 +292,11 @@ from triton_only_backend.kernels import hardware, tuned
 from triton_only_backend.kernels.epilogue import Epilogue
 from triton_only_backend.kernels.gemm_configs import GemmConfig
 from triton_only_backend.kernels.matmul import matmul
+
+def slots_read(ptx):
+    "Of the slots that threads read themselves: whether each is handed back behind a fence."
+    parts = [re.split(r"ld.shared.v4[^\\n]*\\[%r", part) for part in ptx.split("mbarrier.arrive")]
+    return ["fence.proxy.async" in read[-1] for read in parts[:-1] if len(read) > 1]
 
 for fields in json.loads(sys.argv[1]):
     config = GemmConfig(**fields)
@@ -311,6 +316,7 @@ for fields in json.loads(sys.argv[1]):
         print(json.dumps(dict(
             name=kernel.name, spilled=kernel.spilled, shared=kernel.shared_memory,
             wgmma="wgmma.mma" in ptx, specialised="setmaxnreg" in ptx, stores="bulk.tensor.3d.global" in ptx,
+            divides=config.stream_k, slots_read=slots_read(ptx),
         )))
         compiled.clear()
 """
@@ -326,6 +332,9 @@ def check_compiled(rows: list[dict]) -> None:
         assert row["shared"] <= H200.shared_memory
         assert row["spilled"] <= 16, row
         assert row["wgmma"] and row["specialised"] and row["stores"], row
+        # What the copy engine may overwrite is ordered behind the reads; nothing else finds that.
+        assert bool(row["slots_read"]) is row["divides"], row
+        assert all(row["slots_read"]), row
 
 
 def test_compiles_without_spills():
