@@ -128,11 +128,7 @@ def flash_candidates(problem: AttentionProblem, hardware: Hardware) -> tuple[Fla
         block_n = min(256, max(16, next_power_of_2(problem.len_kv)))
         return (FlashConfig(block_m, block_n, 4, 1),)
     candidates = _flash_preferences(problem, hardware)
-    fitting = tuple(
-        config
-        for config in candidates
-        if flash_shared_memory(problem, config, hardware) <= hardware.shared_memory
-    )
+    fitting = tuple(config for config in candidates if flash_fits(problem, config, hardware))
     return fitting or candidates[-1:]
 
 

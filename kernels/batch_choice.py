@@ -69,11 +69,9 @@ def _choices(problem: GemmProblem, hardware: Hardware) -> Iterator[tuple[float, 
             share = shares(batch, problem.M, problem.N, problem.K, config, hardware.num_sms)
             if share.divided != stream_k:
                 continue
-            busy = 2.5 + math.ceil(share.whole / share.programs) * tile_us
+            busy = 2.5 + share.tiles_each(tiles) * tile_us
             if stream_k:
-                divided = tiles - share.whole
-                busy += divided / share.programs * tile_us
-                busy += division_us(share.programs, divided, block_m, block_n)
+                busy += division_us(share.programs, tiles - share.whole, block_m, block_n)
             cost = math.hypot(busy, max(memory, from_l2))
             yield cost / _DIVISION_GAIN if stream_k else cost, config
 

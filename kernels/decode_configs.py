@@ -92,7 +92,7 @@ def heuristic_decode_config(problem: AttentionProblem, hardware: Hardware) -> De
         tiles = ((32, 4), *tiles) if few_keys else ((64, 3), (64, 2), *tiles)
     for block_n, num_stages in tiles:
         config = DecodeConfig(block_n, num_splits, num_warps, num_stages, block_g)
-        if decode_shared_memory(problem, config, hardware) <= hardware.shared_memory:
+        if decode_fits(problem, config, hardware):
             return config
     return config
 

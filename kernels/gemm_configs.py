@@ -212,6 +212,10 @@ class Shares(NamedTuple):
     lanes: int
     divided: bool
 
+    def tiles_each(self, tiles: int) -> float:
+        """How many of a product's `tiles` the busiest program computes."""
+        return math.ceil(self.whole / self.programs) + (tiles - self.whole) / self.programs
+
 
 @functools.lru_cache(maxsize=4096)
 def shares(batch: int, M: int, N: int, K: int, config: GemmConfig, num_sms: int) -> Shares:

@@ -88,17 +88,17 @@ def _warp_specialised(
         if stream_k != share.divided:
             continue
         tiles = math.ceil(problem.M / block_m) * math.ceil(problem.N / block_n)
-        nearly_full = tiles <= hardware.num_sms < tiles / _NEARLY_FULL
+        full = fullness_of_waves(tiles, hardware.num_sms) > _NEARLY_FULL
+        nearly_full = full and tiles <= hardware.num_sms
         if stream_k and (nearly_full or problem.M <= _UNDIVIDED_ROWS):
             continue
         each = math.ceil(share.whole / share.programs) * steps  # of the busiest program
-        compute = 0.0
+        extra = 2.5
         if stream_k:
             divided = tiles - share.whole
             each += math.ceil(divided * steps / share.programs)
-            compute += division_us(share.programs, divided, block_m, block_n)
-        compute += 2.5 + each * STEP_US[block_m, block_n]
-        yield math.hypot(compute, read), config
+            extra += division_us(share.programs, divided, block_m, block_n)
+        yield math.hypot(extra + each * STEP_US[block_m, block_n], read), config
 
 
 @functools.lru_cache(maxsize=4096)

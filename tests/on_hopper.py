@@ -1,14 +1,18 @@
-"""What the tests of kernels for Hopper share: where they run, and attention's operands there."""
+"""What the tests of kernels for Hopper share: where they run, or not; attention's operands there."""
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, TypeVar
 
 import pytest
 import torch
 
+from triton_only_backend.kernels import hardware
+from triton_only_backend.kernels.gemm_choice import general_config, heuristic_config
+
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 Test = TypeVar("Test", bound="Callable[..., object]")
 
@@ -17,6 +21,21 @@ def hopper(test: Test) -> Test:
     """Runs a test on a Hopper GPU only."""
     missing = not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0)
     return pytest.mark.gpu(pytest.mark.skipif(missing, reason="the kernel is for Hopper")(test))
+
+
+@contextlib.contextmanager
+def unknown_gluon() -> Iterator[None]:
+    """As with a Triton whose Gluon is not known: what is chosen of products, then chosen anew."""
+    chosen = (heuristic_config, general_config)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hardware, "gluon_is_known", lambda: False)
+        for cached in chosen:
+            cached.cache_clear()
+        try:
+            yield
+        finally:
+            for cached in chosen:
+                cached.cache_clear()
 
 
 def random_heads(

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from cross_compile import rows_of
+from on_hopper import unknown_gluon
 from test_gemm import assert_as_accurate
 
 from triton_only_backend.kernels.epilogue_traits import EpilogueTraits, with_registers
@@ -178,7 +179,7 @@ def test_the_choice_is_supported_and_has_a_reason():
     assert (config.kernel, config.block_m, config.block_n) == ("gemm_hopper", 128, 192)
 
 
-def test_only_where_it_runs(monkeypatch):
+def test_only_where_it_runs():
     config = config_of(128, 256)
     assert supports(PROBLEM, config, H200)
     for problem in (
@@ -195,16 +196,9 @@ def test_only_where_it_runs(monkeypatch):
         assert not supports(PROBLEM, other, H200)
     assert not supports(PROBLEM, config_of(128, 96, stream_k=True), H200)
     assert not supports(PROBLEM, config, replace(H200, arch="sm100"))
-    monkeypatch.setattr("triton_only_backend.kernels.hardware.gluon_is_known", lambda: False)
-    caches = (heuristic_config, general_config)
-    for cached in caches:
-        cached.cache_clear()
-    try:
+    with unknown_gluon():
         assert not supports(PROBLEM, config, H200)
         assert heuristic_config(PROBLEM, H200).kernel == "gemm_tma"
-    finally:
-        for cached in caches:
-            cached.cache_clear()
 
 
 @pytest.mark.parametrize(("M", "copies"), [(4, False), (64, True), (256, True), (4096, True)])

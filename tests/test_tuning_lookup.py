@@ -11,13 +11,14 @@ import sqlite3
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from on_hopper import unknown_gluon
 
 from triton_only_backend import database as databases
 from triton_only_backend import settings
 from triton_only_backend.database import MEASURED, DatabaseError, Place, Trial
-from triton_only_backend.kernels import hardware, shipped_tables, tuned
+from triton_only_backend.kernels import shipped_tables, tuned
 from triton_only_backend.kernels.epilogue_traits import EpilogueTraits, with_staging
-from triton_only_backend.kernels.gemm_choice import general_config, heuristic_config, select_config
+from triton_only_backend.kernels.gemm_choice import heuristic_config, select_config
 from triton_only_backend.kernels.gemm_configs import GemmConfig, GemmProblem
 from triton_only_backend.kernels.hardware import INTERPRETER, Hardware
 from triton_only_backend.kernels.linear_configs import PairConfig, select_pair
@@ -383,27 +384,21 @@ def test_processes_share_a_database(path: Path) -> None:
         assert sorted(trial.us for _, trial in database.trials()) == list(map(float, range(150)))
 
 
-def test_what_would_leave_a_wave_half_empty_is_computed_apart(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_what_would_leave_a_wave_half_empty_is_computed_apart() -> None:
     """512 × 28672 in tiles of 128 × 256: 448 of 132 at a time; 396 of them in three waves.
 
     Where Gluon is not known, whose kernel divides them.
     """
-    monkeypatch.setattr(hardware, "gluon_is_known", lambda: False)
-    for cached in (heuristic_config, general_config):
-        cached.cache_clear()
     problem = GemmProblem(1, 512, 28672, 4096, 2, False, True, True)
-    config = heuristic_config(problem, H200)
-    assert (config.block_m, config.block_n, config.columns) == (128, 256, 99 * 256)
-    for other in (
-        dataclasses.replace(problem, M=1024, N=4096),  # 128 tiles
-        dataclasses.replace(problem, M=8192),  # 54 waves
-        dataclasses.replace(problem, M=16),
-    ):
-        assert heuristic_config(other, H200).columns == 0
-    for cached in (heuristic_config, general_config):
-        cached.cache_clear()
+    with unknown_gluon():
+        config = heuristic_config(problem, H200)
+        assert (config.block_m, config.block_n, config.columns) == (128, 256, 99 * 256)
+        for other in (
+            dataclasses.replace(problem, M=1024, N=4096),  # 128 tiles
+            dataclasses.replace(problem, M=8192),  # 54 waves
+            dataclasses.replace(problem, M=16),
+        ):
+            assert heuristic_config(other, H200).columns == 0
 
 
 def test_what_the_kernels_are_made_of_is_in_their_hash():

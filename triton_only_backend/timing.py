@@ -86,7 +86,7 @@ def measure(fns: Sequence[Callable[[], object]], *, reps: int, replays: int = RE
     Raises:
         BenchmarkError: there is no GPU.
     """
-    return measure_in_turn({"": fns}, reps=reps, replays=replays)[""]
+    return replay_in_turn([capture(fns, reps=reps)], replays=replays)[0]
 
 
 def measure_in_turn(

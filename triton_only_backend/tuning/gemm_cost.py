@@ -135,11 +135,9 @@ def _resident(config: GemmConfig, stage: int, hardware: Hardware) -> int:
 
 def _tiles_each(seen: GemmProblem, config: GemmConfig, hardware: Hardware, resident: int) -> float:
     """How many tiles the busiest multiprocessor computes."""
+    tiles = seen.batch * math.ceil(seen.M / config.block_m) * math.ceil(seen.N / config.block_n)
     if config.kernel == "gemm_hopper":
         share = shares(seen.batch, seen.M, seen.N, seen.K, config, hardware.num_sms)
-        tiles = math.ceil(seen.M / config.block_m) * math.ceil(seen.N / config.block_n)
-        tiles *= seen.batch
-        return math.ceil(share.whole / share.programs) + (tiles - share.whole) / share.programs
-    tiles = seen.batch * math.ceil(seen.M / config.block_m) * math.ceil(seen.N / config.block_n)
+        return share.tiles_each(tiles)
     rounds, rest = divmod(tiles * config.split_k, hardware.num_sms * resident)
     return rounds * resident + math.ceil(rest / hardware.num_sms)

@@ -28,7 +28,7 @@ from triton_only_backend.tuning import measuring, spaces
 from triton_only_backend.tuning.compilation import Job
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from triton_only_backend.kernels.hardware import Hardware
     from triton_only_backend.tuning import trial
@@ -141,11 +141,11 @@ class Search:
     def _measure(self, kind: str, problem: Any, jobs: list[Job], end: float | None) -> None:
         if not jobs:
             return
-        known = [(t.us, t.config) for t in self._known(kind, problem).values() if t.us]
         scale = None
         best = None
+        known = _fastest_first(self._known(kind, problem))
         if known:
-            best, config = min(known)
+            best, config = known[0]
             scale = (spaces.decode_config(kind, config), best)
         trial_of: trial.Trial | None = None
         for job in jobs:
@@ -183,12 +183,7 @@ class Search:
         self._write(job, STARTED)
         try:
             cause = trial_of.check(job.config)
-            us = None
-            if cause is None and scale is None:
-                (us,) = trial_of.compare_us([job.config], measuring.QUICK_US)
-            elif cause is None and scale is not None:
-                again, us = trial_of.compare_us([scale[0], job.config], measuring.QUICK_US)
-                us *= scale[1] / again
+            us = _time_us(job.config, trial_of, scale) if cause is None else None
         except KeyboardInterrupt:
             self.database.remove(self._place(job.kind), self._row(job, STARTED))
             raise
@@ -202,7 +197,7 @@ class Search:
 
     def _finals(self, kind: str, problem: Any, trial_of: trial.Trial) -> None:
         """Orders the fastest anew, where they are close; their least time stays what it was."""
-        rows = sorted((t.us, t.config) for t in self._known(kind, problem).values() if t.us)
+        rows = _fastest_first(self._known(kind, problem))
         close = [text for us, text in rows[:FINALISTS] if us <= FINALIST_MARGIN * rows[0][0]]
         if len(close) > 1:
             configs = [spaces.decode_config(kind, text) for text in close]
@@ -213,7 +208,7 @@ class Search:
     def outcome(self, kind: str, problem: Any) -> Outcome:
         """What the database now holds of a problem."""
         known = self._known(kind, problem)
-        rows = sorted((t.us, t.config) for t in known.values() if t.us)
+        rows = _fastest_first(known)
         heuristic, shipped = (
             known.get(tuned.encode(choose(kind, problem, self.hardware)))
             for choose in (spaces.heuristic, spaces.shipped)
@@ -237,3 +232,16 @@ class Search:
 
     def _write(self, job: Job, outcome: str, us: float | None = None) -> None:
         self.database.add(self._place(job.kind), self._row(job, outcome, us))
+
+
+def _fastest_first(known: Mapping[str, Trial]) -> list[tuple[float, str]]:
+    """The times that were measured, and whose."""
+    return sorted((t.us, t.config) for t in known.values() if t.us)
+
+
+def _time_us(config: Any, trial_of: trial.Trial, scale: tuple[Any, float] | None) -> float:
+    """A configuration's time, on the scale of another's where there is one; see `_one`."""
+    if scale is None:
+        return trial_of.compare_us([config], measuring.QUICK_US)[0]
+    again, us = trial_of.compare_us([scale[0], config], measuring.QUICK_US)
+    return us * scale[1] / again
