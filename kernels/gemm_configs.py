@@ -86,6 +86,8 @@ class GemmConfig:
         flatten: the persistent kernel loads a tile's operands while it writes the tile before.
         columns: the first columns are computed so, whose tiles come in whole waves, and those that
             would leave a wave half empty by a launch of their own with smaller tiles; 0: all are.
+        split_k: parts of K that are summed apart; of a tile of `gemm_hopper` two programs each
+            compute one half, and exchange their sums.
         stream_k: `gemm_hopper` divides the tiles that would leave a wave half empty.
         alternate: of the two groups of warps of `gemm_hopper` one multiplies while the other
             writes, where the ring holds all of a tile's operands.
@@ -114,8 +116,11 @@ class GemmConfig:
 
 # Tiles of `gemm_hopper` (rows, columns), and the slots of the ring that fit beside the result's.
 HOPPER_TILES = {
-    (128, 256): 4, (256, 128): 4, (128, 192): 4, (128, 160): 5, (128, 128): 6, (128, 96): 7
+    (128, 256): 4, (256, 128): 4, (128, 224): 4, (128, 192): 5, (128, 160): 6, (128, 128): 6,
+    (128, 96): 7,
 }  # fmt: skip
+# Sums of its tiles of which two programs can have a half each.
+MOST_HALVED_SUMS = 128 * 192
 # Warpgroups of it that multiply, each half of a tile's rows.
 HOPPER_CONSUMERS = 2
 
@@ -173,8 +178,12 @@ def supports(problem: GemmProblem, config: GemmConfig, hardware: Hardware) -> bo
         return plain and problem.batch == 1 and has_descriptors(hardware)
     if config.kernel == "gemm_hopper":
         slots = HOPPER_TILES.get((config.block_m, config.block_n), 0)
-        fits = config.num_stages <= slots and config.block_k == 64 and config.split_k == 1
-        fits = fits and (config.block_n % 64 == 0 or not config.stream_k)
+        fits = config.num_stages <= slots and config.block_k == 64
+        if config.split_k > 1:
+            fits = fits and config.split_k == 2 and config.block_k < problem.K
+            # More sums spill, when those of the other half are added.
+            fits = fits and config.block_m * config.block_n <= MOST_HALVED_SUMS
+            fits = fits and not config.stream_k and not config.alternate
         return plain and fits and not config.swap_operands and hardware.has_gluon
     return config.kernel == "gemm"
 
@@ -204,7 +213,7 @@ class Shares(NamedTuple):
         whole: the first tiles, each computed by one program.
         lanes: programs that together are one of the workers that have equal shares of the steps
             along K of the other tiles.
-        divided: whether there are others.
+        divided: whether there are others, or, with `split_k`, two programs have each.
     """
 
     programs: int
@@ -227,6 +236,8 @@ def shares(batch: int, M: int, N: int, K: int, config: GemmConfig, num_sms: int)
     """
     rows = math.ceil(M / config.block_m)
     tiles = batch * rows * math.ceil(N / config.block_n)
+    if config.split_k == 2:
+        return Shares(2 * tiles, 0, 1, divided=True)
     if not config.stream_k or tiles % num_sms == 0:
         return Shares(min(tiles, num_sms), tiles, 1, divided=False)
     fitting = [d for d in range(1, 17) if rows % d == 0 and num_sms // d * d >= 0.95 * num_sms]

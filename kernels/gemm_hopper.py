@@ -7,11 +7,11 @@ One warp copies tiles of both operands to a ring in shared memory (TMA); two war
 staging buffer (TMA again). The copying warp runs ahead into the next tile while a result is
 written. `full[s]` says that a ring slot has arrived, `empty[s]` that both have read it.
 
-Tensors' sides are powers of two, so 192 columns are two accumulators of 128 and 64, that share the
-slot of `a`; 160 are 128 and 32, and 96 are 64 and 32. What bounds a tile: 64 × n × 16
-multiplications take n / 2 cycles, in which shared memory moves 64 · n bytes; two consumers'
-operands are 2048 + 32 · n each such step, and what is copied comes on top. By that 128 × 256 is
-just even, smaller tiles are bound by shared memory.
+What bounds a tile: 64 × n × 16 multiplications take n / 2 cycles, in which shared memory moves 64 ·
+n bytes; two consumers' operands are 2048 + 32 · n each such step, and what is copied comes on top.
+By that 128 × 256 is just even, smaller tiles are bound by shared memory. Tiles of 96, 160, 192 and
+224 columns, which fill a wave where powers of two do not, take one instruction all the same (see
+`wide_mma`).
 
 Of few steps a tile's result takes as long to write as to compute. With ALTERNATE the consumers take
 turns: one multiplies while the other writes, instead of both doing the same at the same time.
@@ -39,13 +39,15 @@ from triton_only_backend.kernels.dependent_launch import launch_options
 from triton_only_backend.kernels.epilogue import NO_EPILOGUE, Epilogue, bias_strides
 from triton_only_backend.kernels.gemm_configs import HOPPER_CONSUMERS, shares
 from triton_only_backend.kernels.hopper_gemm_pipeline import (
+    box_of,
+    boxes_of,
     copy,
-    first_columns,
     multiply,
     piece_of,
 )
 from triton_only_backend.kernels.stream_k import CONSUMERS
 from triton_only_backend.kernels.tma_layout import tma_strides
+from triton_only_backend.kernels.wide_mma import shared_addresses
 
 if TYPE_CHECKING:
     from triton_only_backend.kernels.gemm_configs import GemmConfig
@@ -86,19 +88,16 @@ def slots_of(desc, COUNT: gl.constexpr):
 # Sizes differ from call to call, and no address is computed from them.
 @gluon.jit(do_not_specialize=["batch", "M", "N", "steps", "whole", "lanes"])
 def gemm_hopper_kernel(
-    a_desc, b_desc, more_desc, c_desc, partial_desc, bias_ptr, workspace_ptr, flags_ptr,
+    a_desc, b_desc, c_desc, partial_desc, bias_ptr, workspace_ptr, flags_ptr,
     batch, M, N, steps, whole, lanes, stride_sb, stride_sm, stride_sn, alpha, beta, epilogue,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
     GROUP_M: gl.constexpr, BUFFERS: gl.constexpr, A_K_MAJOR: gl.constexpr, B_K_MAJOR: gl.constexpr,
     HAS_BIAS: gl.constexpr, HAS_OPERANDS: gl.constexpr, ACTIVATION: gl.constexpr,
-    STREAM_K: gl.constexpr, ALTERNATE: gl.constexpr, PDL: gl.constexpr,
+    STREAM_K: gl.constexpr, HALVES: gl.constexpr, ALTERNATE: gl.constexpr, EARLY: gl.constexpr,
+    PDL: gl.constexpr,
 ):  # fmt: skip
     a_ring = slots_of(a_desc, STAGES * CONSUMERS)
-    b_ring = slots_of(b_desc, STAGES)
-    if more_desc is None:
-        more_ring: gl.constexpr = None
-    else:
-        more_ring = slots_of(more_desc, STAGES)
+    b_ring = slots_of(b_desc, STAGES * boxes_of(BLOCK_N, B_K_MAJOR))
     staging = slots_of(c_desc, CONSUMERS * BUFFERS)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -108,19 +107,20 @@ def gemm_hopper_kernel(
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=CONSUMERS)
+    a_address, b_address = shared_addresses(a_ring.index(0), b_ring.index(0))
     fence_async_shared()
     specialize(
         (
-            a_ring, b_ring, more_ring, full, empty, turns, c_desc, staging, bias_ptr,
+            a_ring, a_address, b_address, full, empty, turns, c_desc, staging, bias_ptr,
             workspace_ptr, flags_ptr, batch, M, N, steps, whole, lanes,
             stride_sb, stride_sm, stride_sn, alpha, beta, epilogue,
             BLOCK_M, BLOCK_N, BLOCK_K, STAGES, GROUP_M, BUFFERS, A_K_MAJOR, B_K_MAJOR,
-            HAS_BIAS, HAS_OPERANDS, ACTIVATION, STREAM_K, ALTERNATE, PDL,
+            HAS_BIAS, HAS_OPERANDS, ACTIVATION, STREAM_K, HALVES, ALTERNATE, PDL,
         ),
         (
-            a_desc, b_desc, more_desc, a_ring, b_ring, more_ring, full, empty, partial_desc,
-            flags_ptr, batch, M, N, steps, whole, lanes, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, GROUP_M,
-            A_K_MAJOR, B_K_MAJOR, STREAM_K, PDL,
+            a_desc, b_desc, a_ring, b_ring, full, empty, partial_desc, flags_ptr,
+            batch, M, N, steps, whole, lanes, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, GROUP_M,
+            A_K_MAJOR, B_K_MAJOR, STREAM_K, HALVES, EARLY, PDL,
         ),
     )  # fmt: skip
 
@@ -146,17 +146,15 @@ def _chunks_of(workspace: torch.Tensor, rows: int) -> TensorDescriptor:
     return TensorDescriptor(lines, list(lines.shape), [256, 1], [rows // 8, 256], layout)
 
 
-def staged_pieces(config: GemmConfig, shared_memory: int) -> int:
-    """Pieces of a consumer's result that fit beside the ring; they divide a tile's.
-
-    Else a tile's first piece would go to where one of the last ones may still be read from.
-    """
-    slot = (config.block_m + config.block_n) * config.block_k * 2
-    room = shared_memory - config.num_stages * slot - 1024
+def ring_and_staging(config: GemmConfig, b_k_major: bool, shared_memory: int) -> tuple[int, int]:
+    """The slots of the ring, at most `config`'s, and pieces of a consumer's result, that fit."""
     width = piece_of(config.block_n)
-    most = room // (config.block_m * width * 2)
-    pieces = config.block_n // width
-    return max(n for n in range(1, pieces + 1) if pieces % n == 0 and (n <= most or n == 1))
+    piece = config.block_m * width * 2
+    columns = box_of(config.block_n, b_k_major) * boxes_of(config.block_n, b_k_major)
+    slot = (config.block_m + columns) * config.block_k * 2
+    room = shared_memory - 1024
+    stages = min(config.num_stages, (room - piece) // slot)
+    return stages, min(config.block_n // width, (room - stages * slot) // piece)
 
 
 def gemm_hopper(
@@ -170,6 +168,7 @@ def gemm_hopper(
     config: GemmConfig,
     device: Hardware,
     epilogue: Epilogue = NO_EPILOGUE,
+    early: bool = False,
 ) -> None:
     """Writes epilogue(alpha · a @ b + beta · bias) to `out`.
 
@@ -184,40 +183,38 @@ def gemm_hopper(
         config: the tile and the ring, and whether the last tiles are divided.
         device: where.
         epilogue: what follows; with operands only for B = 1.
+        early: `b` was not written by the kernel launched last before this one (see `ring_linear`).
     """
     batch, M, K = a.shape
     N = b.shape[2]
     rows = config.block_m // HOPPER_CONSUMERS
-    columns = first_columns(config.block_n)
-    more_columns = config.block_n - columns
     a_desc, a_k_major = _descriptor(a, rows, config.block_k)
-    b_desc, b_k_major = _descriptor(b.mT, columns, config.block_k)
-    more_desc = None
-    if more_columns > 0:
-        more_desc, _ = _descriptor(b.mT, more_columns, config.block_k)
+    b_desc, b_k_major = _descriptor(b.mT, box_of(config.block_n, b.stride(1) == 1), config.block_k)
+    stages, buffers = ring_and_staging(config, b_k_major, device.shared_memory)
     share = shares(batch, M, N, K, config, device.num_sms)
     flags = workspace = partial_desc = None
     if share.divided:
         flags = arrival_counters(share.programs * HOPPER_CONSUMERS, out.device)
     if flags is None:
-        share = shares(batch, M, N, K, replace(config, stream_k=False), device.num_sms)
+        whole = replace(config, split_k=1, stream_k=False)
+        share = shares(batch, M, N, K, whole, device.num_sms)
     else:
         sums = share.programs * config.block_m * config.block_n
         workspace = torch.empty(sums, dtype=torch.float32, device=out.device)
         partial_desc = _chunks_of(workspace, rows)
     gemm_hopper_kernel[(share.programs,)](
-        a_desc, b_desc, more_desc, _tiles_of(out, rows, piece_of(config.block_n)), partial_desc,
+        a_desc, b_desc, _tiles_of(out, rows, piece_of(config.block_n)), partial_desc,
         a if bias is None else bias, workspace, flags,
         batch, M, N, triton.cdiv(K, config.block_k), share.whole, share.lanes,
         *bias_strides(bias),
         float(alpha), float(beta), epilogue.arguments,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
-        STAGES=config.num_stages, GROUP_M=config.group_m,
-        BUFFERS=staged_pieces(config, device.shared_memory),
+        STAGES=stages, GROUP_M=config.group_m, BUFFERS=buffers,
         A_K_MAJOR=a_k_major, B_K_MAJOR=b_k_major,
         HAS_BIAS=bias is not None, HAS_OPERANDS=len(epilogue.tensors) > 0,
-        ACTIVATION=epilogue.activation, STREAM_K=flags is not None,
-        ALTERNATE=config.alternate and triton.cdiv(K, config.block_k) <= config.num_stages,
-        num_warps=4,  # of the first partition
+        ACTIVATION=epilogue.activation, STREAM_K=flags is not None and config.stream_k,
+        HALVES=flags is not None and config.split_k == 2,
+        ALTERNATE=config.alternate and triton.cdiv(K, config.block_k) <= stages,
+        EARLY=early, num_warps=4,  # of the first partition
         **launch_options(device),
     )  # fmt: skip

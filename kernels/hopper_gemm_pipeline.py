@@ -7,90 +7,119 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
 from triton_only_backend.kernels.dependent_launch import release_dependents, wait_for_producers
 from triton_only_backend.kernels.epilogue import apply_epilogue, load_bias
 from triton_only_backend.kernels.stream_k import (
     CONSUMERS,
-    PIECE,
+    add_other_half,
     copy_sums,
     give,
     item_at,
     items_of,
     others_of,
-    piece_of_sums,
     place_of,
-    take_sums,
+    take_piece,
 )
 from triton_only_backend.kernels.tma_ring import advance, load_tile, slot_before, store_tile
-
-
-@gluon.constexpr_function
-def first_columns(BLOCK_N):
-    """The columns of a tile's first accumulator."""
-    return 1 << (BLOCK_N.bit_length() - 1)
+from triton_only_backend.kernels.wide_mma import multiply_pieces, wait_for_pieces
 
 
 @gluon.constexpr_function
 def piece_of(BLOCK_N):
     """The columns of a tile that are written at a time."""
-    return PIECE.value if BLOCK_N % PIECE.value == 0 else PIECE.value // 2
+    return 64 if BLOCK_N % 64 == 0 else 32
+
+
+@gluon.constexpr_function
+def box_of(BLOCK_N, K_MAJOR):
+    """The columns of a tile that are copied at a time: a power of two, 128 bytes where they lie
+    side by side."""
+    return BLOCK_N & -BLOCK_N if K_MAJOR else 64
+
+
+@gluon.constexpr_function
+def boxes_of(BLOCK_N, K_MAJOR):
+    """How many boxes a tile's columns take."""
+    return -(-BLOCK_N // box_of(BLOCK_N, K_MAJOR))
+
+
+@gluon.jit
+def copy_box(desc, matrix, row, k, arrived, buffer, K_MAJOR: gl.constexpr):
+    if K_MAJOR:
+        load_tile(desc, [matrix, row, k], arrived, buffer)
+    else:
+        load_tile(desc, [matrix, k, row], arrived, buffer)
+
+
+@gluon.jit
+def expect_step(
+    full, slot,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, B_K_MAJOR: gl.constexpr,
+):  # fmt: skip
+    """Says how much is to arrive in a slot."""
+    COLUMNS: gl.constexpr = box_of(BLOCK_N, B_K_MAJOR) * boxes_of(BLOCK_N, B_K_MAJOR)
+    mbarrier.expect(full.index(slot), (BLOCK_M + COLUMNS) * BLOCK_K * 2)
+
+
+@gluon.jit
+def copy_a(desc, ring, full, slot, matrix, pid_m, k, BLOCK_M: gl.constexpr, K_MAJOR: gl.constexpr):
+    ROWS: gl.constexpr = BLOCK_M // CONSUMERS
+    for c in gl.static_range(CONSUMERS):
+        buffer = ring.index(slot * CONSUMERS + c)
+        copy_box(desc, matrix, pid_m * BLOCK_M + c * ROWS, k, full.index(slot), buffer, K_MAJOR)
+
+
+@gluon.jit
+def copy_b(desc, ring, full, slot, matrix, pid_n, k, BLOCK_N: gl.constexpr, K_MAJOR: gl.constexpr):
+    BOX: gl.constexpr = box_of(BLOCK_N, K_MAJOR)
+    BOXES: gl.constexpr = boxes_of(BLOCK_N, K_MAJOR)
+    for i in gl.static_range(BOXES):
+        buffer = ring.index(slot * BOXES + i)
+        copy_box(desc, matrix, pid_n * BLOCK_N + i * BOX, k, full.index(slot), buffer, K_MAJOR)
 
 
 @gluon.jit
 def copy(
-    a_desc, b_desc, more_desc, a_ring, b_ring, more_ring, full, empty, partial_desc,
-    flags_ptr, batch, M, N, steps, whole, lanes,
+    a_desc, b_desc, a_ring, b_ring, full, empty, partial_desc, flags_ptr,
+    batch, M, N, steps, whole, lanes,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
     GROUP_M: gl.constexpr, A_K_MAJOR: gl.constexpr, B_K_MAJOR: gl.constexpr,
-    STREAM_K: gl.constexpr, PDL: gl.constexpr,
+    STREAM_K: gl.constexpr, HALVES: gl.constexpr, EARLY: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
-    """The partition of the warp that copies."""
+    """The partition of the warp that copies; with EARLY it does not wait before it fills the ring
+    with `b`."""
     ROWS: gl.constexpr = BLOCK_M // CONSUMERS
-    COLUMNS: gl.constexpr = first_columns(BLOCK_N)
-    wait_for_producers(PDL)
     grid_m = gl.cdiv(M, BLOCK_M)
     grid_n = gl.cdiv(N, BLOCK_N)
     slot = gl.to_tensor(0)
     phase = gl.to_tensor(1)  # a new barrier's wait for parity 1 returns: every slot begins empty
     tiles = batch * grid_m * grid_n
-    count, begin, end = items_of(tiles, whole, lanes, steps, STREAM_K)
-    for i in range(0, count + gl.cdiv(end, steps) - begin // steps):
-        tile, first, last = item_at(i, count, begin, end, whole, lanes, steps, STREAM_K)
+    count, begin, end = items_of(tiles, whole, lanes, steps, STREAM_K, HALVES)
+    filled = gl.to_tensor(0)
+    if EARLY:
+        tile, first, last = item_at(0, count, begin, end, whole, lanes, steps, STREAM_K, HALVES)
         matrix, pid_m, pid_n = place_of(tile, grid_m, grid_n, GROUP_M)
-        row = pid_m * BLOCK_M
-        column = pid_n * BLOCK_N
+        filled = gl.minimum(last - first, STAGES)
+        for i in range(0, filled):
+            expect_step(full, i, BLOCK_M, BLOCK_N, BLOCK_K, B_K_MAJOR)
+            k = (first + i) * BLOCK_K
+            copy_b(b_desc, b_ring, full, i, matrix, pid_n, k, BLOCK_N, B_K_MAJOR)
+    wait_for_producers(PDL)
+    for i in range(0, count + gl.cdiv(end, steps) - begin // steps):
+        tile, first, last = item_at(i, count, begin, end, whole, lanes, steps, STREAM_K, HALVES)
+        matrix, pid_m, pid_n = place_of(tile, grid_m, grid_n, GROUP_M)
         for step in range(first, last):
             k = step * BLOCK_K
-            arrived = full.index(slot)
             mbarrier.wait(empty.index(slot), phase)
-            mbarrier.expect(arrived, (BLOCK_M + BLOCK_N) * BLOCK_K * 2)
-            for c in gl.static_range(CONSUMERS):
-                buffer = a_ring.index(slot * CONSUMERS + c)
-                if A_K_MAJOR:
-                    load_tile(a_desc, [matrix, row + c * ROWS, k], arrived, buffer)
-                else:
-                    load_tile(a_desc, [matrix, k, row + c * ROWS], arrived, buffer)
-            if B_K_MAJOR:
-                load_tile(b_desc, [matrix, column, k], arrived, b_ring.index(slot))
-            else:
-                load_tile(b_desc, [matrix, k, column], arrived, b_ring.index(slot))
-            if COLUMNS < BLOCK_N:
-                if B_K_MAJOR:
-                    load_tile(
-                        more_desc, [matrix, column + COLUMNS, k], arrived, more_ring.index(slot)
-                    )
-                else:
-                    load_tile(
-                        more_desc, [matrix, k, column + COLUMNS], arrived, more_ring.index(slot)
-                    )
+            if not EARLY or filled == 0:
+                expect_step(full, slot, BLOCK_M, BLOCK_N, BLOCK_K, B_K_MAJOR)
+            copy_a(a_desc, a_ring, full, slot, matrix, pid_m, k, BLOCK_M, A_K_MAJOR)
+            if not EARLY or filled == 0:
+                copy_b(b_desc, b_ring, full, slot, matrix, pid_n, k, BLOCK_N, B_K_MAJOR)
+            if EARLY:
+                filled = gl.maximum(filled - 1, 0)
             slot, phase = advance(slot, phase, STAGES)
         if STREAM_K:
             others = gl.where(first > 0, 0, others_of(tile, last, tiles, whole, lanes, steps))
@@ -102,26 +131,21 @@ def copy(
 
 
 @gluon.jit
-def operand_of(slot, AS_IT_LIES: gl.constexpr):
-    """What wgmma takes of a ring's slot (1, rows, columns): that, or its transpose."""
-    x = slot.reshape([slot.shape[1], slot.shape[2]])
-    if not AS_IT_LIES:
-        x = x.permute((1, 0))
-    return x
-
-
-@gluon.jit
-def pieces_of(acc, WIDTH: gl.constexpr):
-    """A tile's columns, WIDTH at a time, as a tuple; no thread moves anything."""
-    ROWS: gl.constexpr = acc.shape[0]
-    COLUMNS: gl.constexpr = acc.shape[1]
-    if COLUMNS == WIDTH:
-        layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
-        pieces = (gl.convert_layout(acc, layout, assert_trivial=True),)
-    else:
-        left, right = acc.reshape([ROWS, 2, COLUMNS // 2]).permute(0, 2, 1).split()
-        pieces = pieces_of(left, WIDTH) + pieces_of(right, WIDTH)
+def zero_pieces(ROWS: gl.constexpr, COLUMNS: gl.constexpr):
+    """An accumulator of (ROWS, COLUMNS), as a tuple of what is written at a time."""
+    WIDTH: gl.constexpr = piece_of(COLUMNS)
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
+    pieces: gl.tuple = ()
+    for _ in gl.static_range(COLUMNS // WIDTH):
+        pieces += (gl.zeros([ROWS, WIDTH], gl.float32, layout),)
     return pieces
+
+
+@gluon.constexpr_function
+def behind_last_use(i, PIECES, BUFFERS):
+    """How many stores are behind the last of the buffer that a tile's i-th piece takes, at least:
+    in its first round that was in the tile before, whose last round may not have taken all."""
+    return BUFFERS - 1 if i >= BUFFERS else (PIECES - 1) % BUFFERS
 
 
 @gluon.jit
@@ -141,13 +165,10 @@ def write(
     for i in gl.static_range(len(pieces)):
         x = pieces[i]
         if STREAM_K:
-            first, slot, phase = take_sums(
-                others, a_ring, full, empty, slot, phase, INDEX, ROWS, STAGES
+            sums, slot, phase = take_piece(
+                others, a_ring, full, empty, slot, phase, INDEX, ROWS, WIDTH, STAGES
             )
-            second, slot, phase = take_sums(
-                others, a_ring, full, empty, slot, phase, INDEX, ROWS, STAGES
-            )
-            x += piece_of_sums(first, second, ROWS)
+            x += sums
         x *= gl.cast(alpha, gl.float32)
         start = column + i * WIDTH
         if HAS_BIAS or HAS_OPERANDS:
@@ -166,7 +187,7 @@ def write(
             x = apply_epilogue(x, 0, 0, None, epilogue, ACTIVATION)
         buffer = staging.index(INDEX * BUFFERS + i % BUFFERS)
         # What was written from this buffer last has been read from it.
-        tma.store_wait(pendings=BUFFERS - 1)
+        tma.store_wait(pendings=behind_last_use(i, len(pieces), BUFFERS))
         buffer.reshape([ROWS, WIDTH]).store(x.to(c_desc.dtype))
         fence_async_shared()
         store_tile(c_desc, [matrix, row, start], buffer)
@@ -175,23 +196,20 @@ def write(
 
 @gluon.jit
 def multiply(
-    INDEX: gl.constexpr, a_ring, b_ring, more_ring, full, empty, turns, c_desc, staging, bias_ptr,
-    workspace_ptr, flags_ptr, batch, M, N, steps, whole, lanes, stride_sb, stride_sm, stride_sn,
-    alpha, beta, epilogue,
+    INDEX: gl.constexpr, a_ring, a_address, b_address, full, empty, turns, c_desc, staging,
+    bias_ptr, workspace_ptr, flags_ptr, batch, M, N, steps, whole, lanes,
+    stride_sb, stride_sm, stride_sn, alpha, beta, epilogue,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
     GROUP_M: gl.constexpr, BUFFERS: gl.constexpr, A_K_MAJOR: gl.constexpr, B_K_MAJOR: gl.constexpr,
     HAS_BIAS: gl.constexpr, HAS_OPERANDS: gl.constexpr, ACTIVATION: gl.constexpr,
-    STREAM_K: gl.constexpr, ALTERNATE: gl.constexpr, PDL: gl.constexpr,
+    STREAM_K: gl.constexpr, HALVES: gl.constexpr, ALTERNATE: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """The partition of the warpgroup that has a tile's INDEX-th rows.
 
     With ALTERNATE the ring must hold all of a tile: a slot is free when both have had their turn.
     """
     ROWS: gl.constexpr = BLOCK_M // CONSUMERS
-    COLUMNS: gl.constexpr = first_columns(BLOCK_N)
-    MORE: gl.constexpr = BLOCK_N - COLUMNS
-    WIDTH: gl.constexpr = piece_of(BLOCK_N)
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
+    COLUMNS: gl.constexpr = box_of(BLOCK_N, B_K_MAJOR) * boxes_of(BLOCK_N, B_K_MAJOR)
     grid_m = gl.cdiv(M, BLOCK_M)
     grid_n = gl.cdiv(N, BLOCK_N)
     tiles = batch * grid_m * grid_n
@@ -201,59 +219,60 @@ def multiply(
     mine = gl.program_id(0) * CONSUMERS + INDEX
     partial_ptr = workspace_ptr
     flag_ptr = flags_ptr
-    if STREAM_K:
+    if HALVES:
+        # What is kept is the other program's to give.
+        mine = gl.where(gl.program_id(0) % 2 == INDEX, mine ^ CONSUMERS, mine)
+    if STREAM_K or HALVES:
         partial_ptr += mine.to(gl.int64) * (ROWS * BLOCK_N)
         flag_ptr += mine
     wait_for_producers(PDL)
-    count, begin, end = items_of(tiles, whole, lanes, steps, STREAM_K)
+    count, begin, end = items_of(tiles, whole, lanes, steps, STREAM_K, HALVES)
     for i in range(0, count + gl.cdiv(end, steps) - begin // steps):
-        tile, first, last = item_at(i, count, begin, end, whole, lanes, steps, STREAM_K)
+        tile, first, last = item_at(i, count, begin, end, whole, lanes, steps, STREAM_K, HALVES)
         matrix, pid_m, pid_n = place_of(tile, grid_m, grid_n, GROUP_M)
         row = pid_m * BLOCK_M + INDEX * ROWS
         column = pid_n * BLOCK_N
-        acc = gl.zeros([ROWS, COLUMNS], gl.float32, layout)
-        if MORE > 0:
-            more_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, MORE, 16])
-            more = gl.zeros([ROWS, MORE], gl.float32, more_layout)
+        pieces = zero_pieces(ROWS, BLOCK_N)
+        keeps = True
         if ALTERNATE:
             mbarrier.wait(turns.index(INDEX), turn)
             turn ^= 1
+        if HALVES:
+            keeps = gl.program_id(0) % 2 == INDEX
+            # The slot before this step's is not free yet, so one less than all.
+            rest = gl.maximum(last - (STAGES - 1), first)
         for step in range(first, last):
+            if HALVES:
+                mbarrier.wait(turns.index(INDEX), 0, pred=keeps & (step == rest))
             mbarrier.wait(full.index(slot), phase)
-            a = operand_of(a_ring.index(slot * CONSUMERS + INDEX), A_K_MAJOR)
-            b = operand_of(b_ring.index(slot), not B_K_MAJOR)
-            acc = warpgroup_mma(a, b, acc, is_async=True)
+            pieces = multiply_pieces(
+                pieces, a_address + (slot * CONSUMERS + INDEX) * (ROWS * BLOCK_K * 2),
+                b_address + slot * (COLUMNS * BLOCK_K * 2), a_ring.dtype, BLOCK_K, A_K_MAJOR,
+                B_K_MAJOR,
+            )  # fmt: skip
             # The step before has been multiplied: its slot may be filled again.
-            if MORE > 0:
-                b = operand_of(more_ring.index(slot), not B_K_MAJOR)
-                more = warpgroup_mma(a, b, more, is_async=True)
-                acc, more = warpgroup_mma_wait(num_outstanding=2, deps=[acc, more])
-            else:
-                acc = warpgroup_mma_wait(num_outstanding=1, deps=[acc])
+            pieces = wait_for_pieces(pieces, 1)
             mbarrier.arrive(empty.index(slot_before(slot, STAGES)), pred=step > first)
             slot, phase = advance(slot, phase, STAGES)
-        if MORE > 0:
-            acc, more = warpgroup_mma_wait(num_outstanding=0, deps=[acc, more])
-            pieces = pieces_of(acc, WIDTH) + pieces_of(more, WIDTH)
-        else:
-            pieces = pieces_of(warpgroup_mma_wait(num_outstanding=0, deps=[acc]), WIDTH)
+        if HALVES:
+            mbarrier.arrive(turns.index(1 - INDEX), pred=keeps == 0)
+        pieces = wait_for_pieces(pieces, 0)
         mbarrier.arrive(empty.index(slot_before(slot, STAGES)))
         if ALTERNATE:
             mbarrier.arrive(turns.index(1 - INDEX))
+        others = 0
         if STREAM_K:
             others = others_of(tile, last, tiles, whole, lanes, steps)
-            if first > 0:
-                give(pieces, partial_ptr, flag_ptr)
-            else:
-                slot, phase = write(
-                    pieces, matrix, row, column, others, a_ring, full, empty, slot, phase, c_desc,
-                    staging, bias_ptr, M, N, stride_sb, stride_sm, stride_sn, alpha, beta, epilogue,
-                    INDEX, STAGES, BUFFERS, HAS_BIAS, HAS_OPERANDS, ACTIVATION, STREAM_K,
-                )  # fmt: skip
-        else:
-            write(
-                pieces, matrix, row, column, 0, a_ring, full, empty, slot, phase, c_desc, staging,
-                bias_ptr, M, N, stride_sb, stride_sm, stride_sn, alpha, beta, epilogue,
+            keeps = first == 0
+        if keeps:
+            sums = pieces
+            if HALVES:
+                sums = add_other_half(pieces, partial_ptr, flag_ptr)
+            slot, phase = write(
+                sums, matrix, row, column, others, a_ring, full, empty, slot, phase, c_desc,
+                staging, bias_ptr, M, N, stride_sb, stride_sm, stride_sn, alpha, beta, epilogue,
                 INDEX, STAGES, BUFFERS, HAS_BIAS, HAS_OPERANDS, ACTIVATION, STREAM_K,
             )  # fmt: skip
+        elif STREAM_K or HALVES:
+            give(pieces, partial_ptr, flag_ptr, STREAM_K)
     tma.store_wait(pendings=0)

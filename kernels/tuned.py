@@ -34,8 +34,9 @@ KERNELS = Path(__file__).parent
 # The kernels of each kind, by their files: what is measured with others says nothing of these.
 SOURCES = {
     "gemm": (
-        "gemm", "gemm_tma", "gemm_hopper", "hopper_gemm_pipeline", "stream_k", "ring_linear",
-        "ring_pipeline", "tma_ring", "gemv", "split_k", "epilogue", "dependent_launch", "realign",
+        "gemm", "gemm_tma", "gemm_hopper", "hopper_gemm_pipeline", "stream_k", "wide_mma",
+        "ring_linear", "ring_pipeline", "tma_ring", "gemv", "split_k", "epilogue",
+        "dependent_launch", "realign",
     ),
     "flash_attention": ("flash_attention", "attention_tiles", "mask_spans", "dependent_launch"),
     "decode_attention": (

@@ -139,7 +139,11 @@ def gemm_hopper() -> None:
     """Each tile, whole and divided, both layouts, with and without an epilogue, one and batched."""
     from triton_only_backend.kernels import hardware
     from triton_only_backend.kernels.epilogue import NO_EPILOGUE, Epilogue
-    from triton_only_backend.kernels.gemm_configs import HOPPER_TILES, GemmConfig
+    from triton_only_backend.kernels.gemm_configs import (
+        HOPPER_TILES,
+        MOST_HALVED_SUMS,
+        GemmConfig,
+    )
 
     if not HAS_GLUON:
         return
@@ -147,10 +151,11 @@ def gemm_hopper() -> None:
 
     M, N, K = 272, 520, 1032
     device = hardware.of(torch.device(DEVICE))
-    for (tile, stages), stream_k in itertools.product(HOPPER_TILES.items(), (False, True)):
-        if stream_k and tile[1] % 64 > 0:
+    ways = ((1, False), (1, True), (2, False))
+    for (tile, stages), (split_k, stream_k) in itertools.product(HOPPER_TILES.items(), ways):
+        if split_k == 2 and tile[0] * tile[1] > MOST_HALVED_SUMS:
             continue
-        config = GemmConfig("gemm_hopper", *tile, 64, 1, 16, 8, stages, stream_k=stream_k)
+        config = GemmConfig("gemm_hopper", *tile, 64, split_k, 16, 8, stages, stream_k=stream_k)
         out, bias = randn(M, N), randn(N).expand(M, N)
         how = {"alpha": 0.5, "beta": 2.0, "config": config, "device": device}
         epilogue = Epilogue("silu", None, 1.0, randn(M, N))
@@ -161,7 +166,7 @@ def gemm_hopper() -> None:
         gemm_hopper(randn(1, K, M).mT, randn(1, K, N), None, out[None], **how)
         out = randn(3, M, N)
         gemm_hopper(randn(3, M, K), randn(3, N, K).mT, bias.expand(3, M, N), out, **how)
-        how["config"] = replace(config, alternate=True)
+        how["config"] = replace(config, split_k=1, alternate=True)
         gemm_hopper(randn(3, M, 128), randn(3, 128, N), None, out, **how)
 
 

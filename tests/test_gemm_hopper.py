@@ -16,6 +16,7 @@ from triton_only_backend.kernels.epilogue_traits import EpilogueTraits, with_reg
 from triton_only_backend.kernels.gemm_choice import general_config, heuristic_config
 from triton_only_backend.kernels.gemm_configs import (
     HOPPER_TILES,
+    MOST_HALVED_SUMS,
     GemmConfig,
     GemmProblem,
     shares,
@@ -28,19 +29,27 @@ A100 = Hardware("NVIDIA A100", "cuda", "sm80", 108, 166912)
 PROBLEM = GemmProblem(1, 512, 6144, 4096, 2, False, True, True)
 
 
-def config_of(block_m: int, block_n: int, *, stream_k: bool = False) -> GemmConfig:
+def config_of(
+    block_m: int, block_n: int, *, split_k: int = 1, stream_k: bool = False
+) -> GemmConfig:
     stages = HOPPER_TILES[block_m, block_n]
-    return GemmConfig("gemm_hopper", block_m, block_n, 64, 1, 16, 8, stages, stream_k=stream_k)
+    return GemmConfig(
+        "gemm_hopper", block_m, block_n, 64, split_k, 16, 8, stages, stream_k=stream_k
+    )
 
 
-# Tiles whose sums can be handed over, a piece of 64 columns at a time.
-DIVISIBLE = [tile for tile in HOPPER_TILES if tile[1] % 64 == 0]
-DIVIDED = [config_of(*tile, stream_k=True) for tile in DIVISIBLE]
+STREAMED = [config_of(*tile, stream_k=True) for tile in HOPPER_TILES]
+# Of which two programs have a half each: tiles with registers for the other's sums.
+HALVED = [
+    config_of(*tile, split_k=2) for tile in HOPPER_TILES if tile[0] * tile[1] <= MOST_HALVED_SUMS
+]
+DIVIDED = STREAMED + HALVED
 CONFIGS = [config_of(*tile) for tile in HOPPER_TILES] + DIVIDED
 
 
 def name_of(config: GemmConfig) -> str:
-    return f"{config.block_m}x{config.block_n}{'-stream' if config.stream_k else ''}"
+    how = "-stream" if config.stream_k else "-halves" if config.split_k == 2 else ""
+    return f"{config.block_m}x{config.block_n}{how}"
 
 
 # Who computes what: the kernel's own functions, on integers
@@ -66,6 +75,11 @@ class Int(int):
 
     def __mod__(self, other: int) -> Int:
         return Int(int(self) % other)
+
+    def __eq__(self, other: object) -> bool:
+        return int(self) == other
+
+    __hash__ = int.__hash__
 
     __radd__ = __add__
     __rmul__ = __mul__
@@ -121,7 +135,8 @@ def test_every_step_of_every_tile_is_multiplied_once(kernel, size, batch, config
     """And who owns a tile waits for those that have the rest of it, each with lower ids."""
     M, N, K = size
     share = shares(batch, M, N, K, config, 132)
-    assert share.programs <= 132 and share.programs % share.lanes == 0
+    halves = config.split_k == 2
+    assert (share.programs <= 132 or halves) and share.programs % share.lanes == 0
     tiles = Int(batch * -(-M // config.block_m) * -(-N // config.block_n))
     steps = Int(-(-K // 64))
     kernel.programs = Int(share.programs)
@@ -131,12 +146,13 @@ def test_every_step_of_every_tile_is_multiplied_once(kernel, size, batch, config
     given = []
     for program in range(share.programs):
         kernel.program = Int(program)
-        count, begin, end = kernel.items_of(tiles, whole, lanes, steps, share.divided)
+        how = (share.divided and not halves, halves)
+        count, begin, end = kernel.items_of(tiles, whole, lanes, steps, *how)
         for i in range(count + -(-end // steps) - begin // steps):
-            tile, first, last = kernel.item_at(
-                Int(i), count, begin, end, whole, lanes, steps, share.divided
-            )
+            tile, first, last = kernel.item_at(Int(i), count, begin, end, whole, lanes, steps, *how)
             done.setdefault(int(tile), []).append((int(first), int(last), program))
+            if halves:
+                continue
             if first > 0:
                 given.append((program, i, int(count)))
             elif share.divided:
@@ -147,7 +163,9 @@ def test_every_step_of_every_tile_is_multiplied_once(kernel, size, batch, config
         parts.sort()
         assert [first for first, _, _ in parts] == [0, *(last for _, last, _ in parts[:-1])]
         assert parts[-1][1] == steps
-        if share.divided:
+        if halves and steps > 1:
+            assert [program for _, _, program in parts] == [2 * tile, 2 * tile + 1]
+        elif share.divided and not halves:
             assert waits[tile] == [program for _, _, program in parts[1:]]
             assert all(program < parts[0][2] for program in waits[tile])
     # One tile of sums a program, the first that it divides with others.
@@ -173,7 +191,8 @@ def test_the_choice_is_supported_and_has_a_reason():
             config = heuristic_config(problem, H200)
             assert supports(problem, config, H200)
             if config.kernel == "gemm_hopper":
-                assert config.stream_k == shares(1, M, N, K, config, 132).divided
+                divided = config.stream_k or config.split_k == 2
+                assert divided == shares(1, M, N, K, config, 132).divided
     # 512 × 6144 is 128 tiles of 128 × 192.
     config = heuristic_config(PROBLEM, H200)
     assert (config.kernel, config.block_m, config.block_n) == ("gemm_hopper", 128, 192)
@@ -192,9 +211,12 @@ def test_only_where_it_runs():
         replace(config, num_stages=5),
         replace(config, block_m=256),
         replace(config, split_k=2),
+        config_of(128, 160, split_k=3),
+        config_of(128, 160, split_k=2, stream_k=True),
     ):
         assert not supports(PROBLEM, other, H200)
-    assert not supports(PROBLEM, config_of(128, 96, stream_k=True), H200)
+    assert supports(PROBLEM, config_of(128, 160, split_k=2), H200)
+    assert not supports(replace(PROBLEM, K=64), config_of(128, 160, split_k=2), H200)
     assert not supports(PROBLEM, config, replace(H200, arch="sm100"))
     with unknown_gluon():
         assert not supports(PROBLEM, config, H200)
@@ -261,17 +283,38 @@ def test_a_row_whose_k_ends_within_a_step_has_no_pipeline():
     assert (longer.kernel, longer.num_stages) == ("gemv", 4)
 
 
+@pytest.mark.parametrize("k_major", [True, False])
 @pytest.mark.parametrize("tile", HOPPER_TILES, ids=str)
-def test_no_piece_is_staged_where_the_one_before_may_be_read(tile):
-    """A tile's pieces go round the staging buffers a whole number of times."""
-    from triton_only_backend.kernels.gemm_hopper import staged_pieces
+def test_ring_and_staging_fit(tile, k_major):
+    from triton_only_backend.kernels.gemm_hopper import ring_and_staging
     from triton_only_backend.kernels.hopper_gemm_pipeline import piece_of
 
-    config, width = config_of(*tile), piece_of(tile[1])
-    for stages in range(2, HOPPER_TILES[tile] + 1):
-        count = staged_pieces(replace(config, num_stages=stages), H200.shared_memory)
-        assert config.block_n // width % count == 0
-    assert staged_pieces(replace(config, num_stages=2), H200.shared_memory) == tile[1] // width
+    rows, columns = tile
+    held = columns if k_major else -(-columns // 64) * 64
+    for wanted in range(2, HOPPER_TILES[tile] + 1):
+        config = replace(config_of(*tile), num_stages=wanted)
+        stages, buffers = ring_and_staging(config, k_major, H200.shared_memory)
+        pieces = columns // piece_of(columns)
+        assert stages == wanted or (not k_major and stages >= 4)
+        assert 1 <= buffers <= pieces
+        used = stages * (rows + held) * 128 + buffers * rows * piece_of(columns) * 2
+        assert used <= H200.shared_memory - 1024
+    assert ring_and_staging(config_of(*tile), True, H200.shared_memory)[0] == HOPPER_TILES[tile]
+
+
+@pytest.mark.parametrize("pieces", range(1, 9))
+def test_no_piece_is_staged_where_the_one_before_may_be_read(pieces):
+    """Of all stores of some tiles, those that are waited for are the buffer's last and before."""
+    from triton_only_backend.kernels.hopper_gemm_pipeline import behind_last_use
+
+    for buffers in range(1, pieces + 1):
+        last: dict[int, int] = {}
+        for store in range(4 * pieces):
+            i = store % pieces
+            if i % buffers in last:
+                behind = store - 1 - last[i % buffers]
+                assert behind_last_use(i, pieces, buffers) <= behind
+            last[i % buffers] = store
 
 
 # What it computes
@@ -279,7 +322,7 @@ def test_no_piece_is_staged_where_the_one_before_may_be_read(tile):
 
 SCRIPT = """
 import json, re, sys
-from cross_compile import compile_for
+from cross_compile import assembler_warnings, compile_for
 compiled = compile_for("sm90")
 import torch
 from triton_only_backend.kernels import hardware, tuned
@@ -309,8 +352,10 @@ for fields in json.loads(sys.argv[1]):
         ptx = kernel.asm["ptx"]
         print(json.dumps(dict(
             name=kernel.name, spilled=kernel.spilled, shared=kernel.shared_memory,
-            wgmma="wgmma.mma" in ptx, specialised="setmaxnreg" in ptx, stores="bulk.tensor.3d.global" in ptx,
-            divides=config.stream_k, slots_read=slots_read(ptx),
+            wgmma="wgmma.mma" in ptx, warnings=assembler_warnings(ptx),
+            instructions=sorted({int(n) for n in re.findall(r"wgmma.mma_async.*?m64n(\\d+)k16", ptx)}),
+            specialised="setmaxnreg" in ptx, stores="bulk.tensor.3d.global" in ptx,
+            divides=config.stream_k, tile=(config.block_m, config.block_n), slots_read=slots_read(ptx),
         )))
         compiled.clear()
 """
@@ -326,6 +371,10 @@ def check_compiled(rows: list[dict]) -> None:
         assert row["shared"] <= H200.shared_memory
         assert row["spilled"] <= 16, row
         assert row["wgmma"] and row["specialised"] and row["stores"], row
+        # One instruction for all columns; with an operand 256 × 128 becomes 128 × 256.
+        rows, columns = row["tile"]
+        assert row["instructions"] in ([columns], [rows]), row
+        assert not row["warnings"], row
         # What the copy engine may overwrite is ordered behind the reads; nothing else finds that.
         assert bool(row["slots_read"]) is row["divides"], row
         assert all(row["slots_read"]), row
@@ -333,16 +382,20 @@ def check_compiled(rows: list[dict]) -> None:
 
 def test_compiles_without_spills():
     alternate = replace(config_of(256, 128), num_stages=3, alternate=True)
-    tiles = [config_of(128, 256, stream_k=True), config_of(128, 192), config_of(128, 96), alternate]
+    tiles = [
+        config_of(128, 256, stream_k=True), config_of(128, 224), config_of(128, 160, split_k=2),
+        config_of(128, 96, stream_k=True), alternate,
+    ]  # fmt: skip
     rows = compile_all(tiles)
-    assert len(rows) == 12
+    assert len(rows) == 3 * len(tiles)
     check_compiled(rows)
 
 
 @pytest.mark.exhaustive
 def test_every_configuration_compiles_without_spills():
     check_compiled(compile_all(CONFIGS))
-    check_compiled(compile_all([replace(config, alternate=True) for config in CONFIGS]))
+    whole = [config for config in CONFIGS if config.split_k == 1]
+    check_compiled(compile_all([replace(config, alternate=True) for config in whole]))
 
 
 @pytest.fixture
@@ -355,14 +408,14 @@ def hopper(device):
     return found
 
 
-def product(a, b, out, config, hardware, bias=None, epilogue=None):
+def product(a, b, out, config, hardware, bias=None, epilogue=None, early=False):
     from triton_only_backend.kernels.epilogue import NO_EPILOGUE
     from triton_only_backend.kernels.gemm_hopper import gemm_hopper
 
     whole = [x if x is None or x.dim() == 3 else x[None] for x in (a, b, bias, out)]
     gemm_hopper(
         *whole, alpha=0.5, beta=2.0, config=config, device=hardware,
-        epilogue=epilogue or NO_EPILOGUE,
+        epilogue=epilogue or NO_EPILOGUE, early=early,
     )  # fmt: skip
     return out
 
@@ -381,8 +434,32 @@ def test_as_accurate_as_the_vendors(config, layout, hopper, device):
         out = torch.full((rows, N), float("nan"), device=device, dtype=dtype)
         product(a, b, out, config, hopper)
         assert_as_accurate(out, 0.5 * (a @ b), 0.5 * (a.double() @ b.double()))
-        again = torch.full_like(out, float("nan"))
-        assert torch.equal(product(a, b, again, config, hopper), out)
+        for early in (False, True):
+            again = torch.full_like(out, float("nan"))
+            assert torch.equal(product(a, b, again, config, hopper, early=early), out)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", [config_of(128, 224), *DIVIDED], ids=name_of)
+def test_read_early_behind_what_makes_the_rows(config, hopper, device):
+    """In a chain of which each takes the result of the one before, as in a graph."""
+    like = {"device": device, "dtype": torch.bfloat16}
+    weights = [torch.randn(1024, 1024, **like) / 32 for _ in range(8)]
+    start = torch.randn(256, 1024, **like)
+
+    def chain(*, early):
+        x = start
+        for weight in weights:
+            x = product(x, weight.T, torch.empty_like(x), config, hopper, early=early)
+        return x
+
+    expected = chain(early=False)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = chain(early=True)
+    for _ in range(50):
+        graph.replay()
+        assert torch.equal(result, expected)
 
 
 @pytest.mark.gpu
@@ -465,10 +542,9 @@ def test_with_epilogue(config, hopper, device):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("tile", DIVISIBLE, ids=str)
-def test_replays_leave_no_flag_behind(tile, hopper, device):
+@pytest.mark.parametrize("config", DIVIDED, ids=name_of)
+def test_replays_leave_no_flag_behind(config, hopper, device):
     """In a graph with two launches, replayed beside eager launches on another stream."""
-    config = config_of(*tile, stream_k=True)
     like = {"device": device, "dtype": torch.bfloat16}
     a, b = torch.randn(256, 4096, **like), torch.randn(6144, 4096, **like).T
     first = product(a, b, torch.empty(256, 6144, **like), config, hopper)
