@@ -97,12 +97,15 @@ def linear(
     if norm is not None:
         a = _normalised(a, norm)
     if gated:
-        _gate(a, weights, biases, outs[0], epilogue)
+        _gate(a, weights, biases, outs[0], epilogue, weights_ready)
         return
     alone = _pairs(a, weights, biases, outs, epilogue)
     for i in alone:
         bias = None if biases is None else biases[i]
-        matmul(a[None], weights[i].T[None], bias, outs[i][None], epilogue=epilogue)
+        matmul(
+            a[None], weights[i].T[None], bias, outs[i][None],
+            epilogue=epilogue, b_ready=weights_ready,
+        )  # fmt: skip
 
 
 def _normalised(a: torch.Tensor, norm: Norm) -> torch.Tensor:
@@ -287,6 +290,7 @@ def _gate(
     biases: Sequence[torch.Tensor] | None,
     out: torch.Tensor,
     epilogue: Epilogue,
+    weights_ready: bool,
 ) -> None:
     if out.numel() == 0 or _pair(x, weights, biases, [out], epilogue):
         return
@@ -301,6 +305,9 @@ def _gate(
     gate_bias, up_bias = biases or (None, None)
     gate = torch.empty_like(out)
     before = replace(epilogue, residual=None)
-    matmul(x[None], weights[0].T[None], gate_bias, gate[None], epilogue=before)
     after = Epilogue(multiplier=gate, residual=epilogue.residual)
-    matmul(x[None], weights[1].T[None], up_bias, out[None], epilogue=after)
+    for weight, bias, made, what in (
+        (weights[0], gate_bias, gate, before),
+        (weights[1], up_bias, out, after),
+    ):
+        matmul(x[None], weight.T[None], bias, made[None], epilogue=what, b_ready=weights_ready)

@@ -114,6 +114,7 @@ def matmul(
     alpha: float = 1.0,
     beta: float = 1.0,
     epilogue: Epilogue = NO_EPILOGUE,
+    b_ready: bool = False,
 ) -> None:
     """Writes epilogue(alpha · a @ b + beta · bias) to `out`.
 
@@ -125,6 +126,7 @@ def matmul(
         alpha: factor of the product.
         beta: factor of the bias.
         epilogue: what follows; with operands only for B = 1.
+        b_ready: `b` may be read before the kernel launched last has finished.
 
     Raises:
         DeviceError: tensors on a device that Triton cannot drive.
@@ -140,9 +142,9 @@ def matmul(
     with hardware.guard(out):
         if config.realign:
             a, b = realign_product(a, b, is_aligned(a), is_aligned(b))
-            problem = problem_of(a, b)
+            problem, b_ready = problem_of(a, b), False
         if not 0 < config.columns < N:
-            launch(a, b, bias, out, alpha, beta, epilogue, problem, config)
+            launch(a, b, bias, out, alpha, beta, epilogue, problem, config, b_ready)
             return
         first, rest = slice(0, config.columns), slice(config.columns, N)
         rest_problem = replace(problem, N=bucket(N - config.columns))
@@ -153,6 +155,7 @@ def matmul(
             launch(
                 a, b[:, :, columns], None if bias is None else bias[:, :, columns],
                 out[:, :, columns], alpha, beta, epilogue.of_columns(columns), part, chosen,
+                b_ready,
             )  # fmt: skip
 
 
@@ -180,6 +183,7 @@ def launch(
     epilogue: Epilogue,
     problem: GemmProblem,
     config: GemmConfig,
+    b_ready: bool = False,
 ) -> None:
     """The kernel that `config` names, on operands as `matmul` takes them, the bias expanded."""
     device = hardware.of(out.device)
@@ -190,7 +194,7 @@ def launch(
 
             ring_linear(
                 a[0], [b[0].T], None if bias is None else [bias[0, 0]], [out[0]],
-                config=ring_of(config), epilogue=epilogue,
+                config=ring_of(config), epilogue=epilogue, early=b_ready,
             )  # fmt: skip
             return
         config = general_config(problem, device)
@@ -205,6 +209,7 @@ def launch(
             gemm_hopper(
                 a, b, bias, out,
                 alpha=alpha, beta=beta, config=fitting, device=device, epilogue=epilogue,
+                early=b_ready,
             )  # fmt: skip
             return
         if problem.batch == 1:

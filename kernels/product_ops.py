@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 Tensor = torch.Tensor
 
 SCHEMAS = (
-    "mm(Tensor a, Tensor b, *, ScalarType? out_dtype=None) -> Tensor",
+    "mm(Tensor a, Tensor b, *, ScalarType? out_dtype=None, bool weights_ready=False) -> Tensor",
     "addmm(Tensor bias, Tensor a, Tensor b, *, Scalar beta=1, Scalar alpha=1, "
-    "ScalarType? out_dtype=None) -> Tensor",
+    "ScalarType? out_dtype=None, bool weights_ready=False) -> Tensor",
     "bmm(Tensor a, Tensor b, *, ScalarType? out_dtype=None) -> Tensor",
     "baddbmm(Tensor bias, Tensor a, Tensor b, *, Scalar beta=1, Scalar alpha=1, "
     "ScalarType? out_dtype=None) -> Tensor",
@@ -62,13 +62,23 @@ def _product_like(a: Tensor, b: Tensor, out_dtype: torch.dtype | None) -> Tensor
     return a.new_empty(shape, dtype=out_dtype or a.dtype)
 
 
-# mm, addmm: (M, K) @ (K, N) is a batch of one
+# mm, addmm: (M, K) @ (K, N) is a batch of one. With `weights_ready` `b` may be read while the
+# kernel launched last still runs: only a caller that knows the order of kernels may say so (see the
+# pass `mark_ready_inputs`).
 
 
-def _mm(a: Tensor, b: Tensor, *, out_dtype: torch.dtype | None = None) -> Tensor:
+def _mm(
+    a: Tensor,
+    b: Tensor,
+    *,
+    out_dtype: torch.dtype | None = None,
+    weights_ready: bool = False,
+) -> Tensor:
     _check_product("mm", a, b, 2)
     out = _product_like(a, b, out_dtype)
-    load("matmul").matmul(a.unsqueeze(0), b.unsqueeze(0), None, out.unsqueeze(0))
+    load("matmul").matmul(
+        a.unsqueeze(0), b.unsqueeze(0), None, out.unsqueeze(0), b_ready=weights_ready
+    )
     return out
 
 
@@ -80,6 +90,7 @@ def _addmm(
     beta: float = 1,
     alpha: float = 1,
     out_dtype: torch.dtype | None = None,
+    weights_ready: bool = False,
 ) -> Tensor:
     _check_product("addmm", a, b, 2)
     out = _product_like(a, b, out_dtype)
@@ -90,6 +101,7 @@ def _addmm(
         out.unsqueeze(0),
         alpha=alpha,
         beta=beta,
+        b_ready=weights_ready,
     )
     return out
 
@@ -280,7 +292,13 @@ def _linear_fused(
 
 
 def _fake_mm(op: str, dim: int) -> Any:
-    def fake(a: Tensor, b: Tensor, *, out_dtype: torch.dtype | None = None) -> Tensor:
+    def fake(
+        a: Tensor,
+        b: Tensor,
+        *,
+        out_dtype: torch.dtype | None = None,
+        weights_ready: bool = False,
+    ) -> Tensor:
         _check_product(op, a, b, dim)
         return _product_like(a, b, out_dtype)
 
@@ -296,6 +314,7 @@ def _fake_addmm(op: str, dim: int) -> Any:
         beta: float = 1,
         alpha: float = 1,
         out_dtype: torch.dtype | None = None,
+        weights_ready: bool = False,
     ) -> Tensor:
         _check_product(op, a, b, dim)
         out = _product_like(a, b, out_dtype)

@@ -7,9 +7,11 @@ a Llama-3-8B's step takes 3873 µs on an H200, 3997 where its weights do, and it
 
 Before:
     linear_fused = triton_only.linear_fused.default(x, [weight], [], residual=r)
+    mm = triton_only.mm.default(x, permute)
     auto_functionalized_v2(triton_only.attention_rope_cache.default, query=q, _all_bases=[…], …)
 After:
     linear_fused = triton_only.linear_fused.default(x, [weight], [], residual=r, weights_ready=True)
+    mm = triton_only.mm.default(x, permute, weights_ready=True)
     auto_functionalized_v2(triton_only.attention_rope_cache.default, …, caches_ready=True)
 
 It is right where weights, norm and caches are inputs of the graph, which the graph does not write
@@ -20,8 +22,8 @@ inputs before the graph has finished. (The attention does not wait before it let
 that one too follows two kernels of the graph, of which none writes what it reads early.)
 
 Left alone: what reads an input of the graph for x or q, weights that are computed or written in the
-graph, caches that something else reads, more rows than the kernel that makes use of it takes,
-operands that are not 16-bit, other devices than CUDA's.
+graph, caches that something else reads, operands that are not 16-bit, other devices than CUDA's.
+Kernels that make no use of it wait all the same.
 """
 
 from __future__ import annotations
@@ -31,33 +33,44 @@ from typing import Any
 
 import torch
 
-from triton_only_backend.kernels.limits import RING_MAX_ROWS
 from triton_only_backend.passes.graph_edit import arguments, value
 
 Node = torch.fx.Node
 LINEAR = torch.ops.triton_only.linear_fused.default
+# Of a product: the names of what is computed, and of the weight.
+PRODUCTS = {
+    torch.ops.triton_only.mm.default: ("a", "b"),
+    torch.ops.triton_only.addmm.default: ("a", "b"),
+}
 ATTENTION = torch.ops.triton_only.attention_rope_cache.default
 FUNCTIONAL = torch.ops.higher_order.auto_functionalized_v2
 COPY = torch.ops.aten.copy_.default
 
 
 def mark_ready_inputs(graph: torch.fx.Graph) -> int:
-    """Marks every layer and attention of which that holds; returns how many it has marked now."""
+    """Marks every product and attention of which that holds; returns how many it has marked now."""
     written = _written_inputs(graph)
     count = 0
     for node in graph.find_nodes(op="call_function", target=LINEAR):
         given = arguments(node)
         weights = [*given["weights"], given["norm_weight"], given["norm_bias"]]
-        sources = {_source(weight) for weight in weights if weight is not None}
-        settled = all(s.op in ("placeholder", "get_attr") and s not in written for s in sources)
-        few = value(given["input"]).shape[0]
-        few = isinstance(few, int) and few <= RING_MAX_ROWS
-        if settled and few and _is_computed(given["input"]):
+        if _are_settled(weights, written) and _is_computed(given["input"]):
             count += _mark(node, "weights_ready")
+    for target, (computed, weight) in PRODUCTS.items():
+        for node in graph.find_nodes(op="call_function", target=target):
+            given = arguments(node)
+            if _are_settled([given[weight]], written) and _is_computed(given[computed]):
+                count += _mark(node, "weights_ready")
     for node in graph.find_nodes(op="call_function", target=FUNCTIONAL):
         if node.args[0] is ATTENTION and _owns_caches(node) and _is_computed(node.kwargs["query"]):
             count += _mark(node, "caches_ready")
     return count
+
+
+def _are_settled(weights: list[Node | None], written: set[Node]) -> bool:
+    """Whether all are inputs of the graph that it does not write."""
+    sources = {_source(weight) for weight in weights if weight is not None}
+    return all(s.op in ("placeholder", "get_attr") and s not in written for s in sources)
 
 
 def _mark(node: Node, name: str) -> bool:

@@ -246,7 +246,7 @@ def test_bench_gemm_notices_wrong_products(device: str, monkeypatch: pytest.Monk
     a, weights = torch.randn(4, 40, device=device), [torch.randn(24, 40, device=device)]
     limits = timing.Ceilings(1e12, 1e12, "played")
     monkeypatch.setattr(gemm, "measure_in_turn", lambda calls, reps: dict.fromkeys(calls, 1.0))
-    functions = gemm.calls("mm", (gemm.OURS, gemm.CUBLAS))
+    functions = gemm.calls("mm", (gemm.OURS, gemm.CUBLAS), weights_ready=True)
     assert gemm.measure_product(product, a, weights, limits, functions)["correct"]
     wrong = {**functions, gemm.OURS: lambda a, b, bias: 1.001 * (a @ b)}
     assert not gemm.measure_product(product, a, weights, limits, wrong)["correct"]

@@ -10,7 +10,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import triton_only_backend  # noqa: F401
-from triton_only_backend.kernels.limits import RING_MAX_ROWS
 from triton_only_backend.passes.mark_ready_inputs import (
     ATTENTION,
     FUNCTIONAL,
@@ -36,8 +35,12 @@ def trace(function, *args, device="cuda"):
 def marks(function, *args, device="cuda"):
     gm = trace(function, *args, device=device)
     count = mark_ready_inputs(gm.graph)
-    layers = gm.graph.find_nodes(op="call_function", target=ours.linear_fused.default)
-    found = [layer.kwargs.get("weights_ready", False) for layer in layers]
+    products = {ours.linear_fused.default, ours.mm.default, ours.addmm.default}
+    found = [
+        node.kwargs.get("weights_ready", False)
+        for node in gm.graph.nodes
+        if node.target in products
+    ]
     assert count == sum(found)
     assert mark_ready_inputs(gm.graph) == 0, "what is marked already counts again"
     return found
@@ -104,11 +107,20 @@ def test_another_of_several_weights_is_computed():
     assert marks(function, tensor(2, 64), *2 * [tensor(64, 64)]) == [False]
 
 
-@pytest.mark.parametrize(
-    "x", [tensor(RING_MAX_ROWS + 1, 64), tensor(2, 64, dtype=torch.float32)], ids=["rows", "fp32"]
-)
-def test_what_no_kernel_makes_use_of(x):
-    assert marks(lambda x, w: layer(x.sin(), w), x, tensor(64, 64, dtype=x.dtype)) == [False]
+def test_what_no_kernel_makes_use_of():
+    x, w = tensor(2, 64, dtype=torch.float32), tensor(64, 64, dtype=torch.float32)
+    assert marks(lambda x, w: layer(x.sin(), w), x, w) == [False]
+
+
+def test_products():
+    """Whose weight is the second operand, whatever the bias is."""
+
+    def function(x, w, bias):
+        y = ours.mm(x.sin(), w.T)
+        return ours.addmm(bias.exp(), y, w), ours.mm(w, y), ours.mm(x, w)
+
+    found = marks(function, tensor(64, 64), tensor(64, 64), tensor(64))
+    assert found == [True, True, False, False]
 
 
 def test_on_a_device_without_such_a_kernel():
@@ -127,6 +139,9 @@ def test_twice_is_once():
 def test_the_result_is_the_same(device):
     x, w = torch.randn(2, 64).to(device, BF16), torch.randn(64, 64).to(device, BF16)
     assert torch.equal(layer(x, w, weights_ready=True), layer(x, w))
+    bias = torch.randn(64).to(device, BF16)
+    assert torch.equal(ours.mm(x, w, weights_ready=True), ours.mm(x, w))
+    assert torch.equal(ours.addmm(bias, x, w, weights_ready=True), ours.addmm(bias, x, w))
 
 
 def decoding(*, computed=True, read_again=False, cache="placeholder", written_back=True):

@@ -33,6 +33,12 @@ def bench_gemm(
     layout: Annotated[
         str, typer.Option(help="Weights contiguous along k (as nn.Linear has them) or n.")
     ] = "k",
+    weights_ready: Annotated[
+        bool,
+        typer.Option(
+            help="Ours may read weights before the kernel ahead has ended, as in a compiled graph."
+        ),
+    ] = True,
     plot: Plot = None,
     json_path: Json = None,
 ) -> None:
@@ -46,6 +52,7 @@ def bench_gemm(
         rows=_positive_integers("--m", m),
         providers=_choices("--providers", providers, gemm.PROVIDERS),
         k_contiguous=_choice("--layout", layout, ["k", "n"]) == "k",
+        weights_ready=weights_ready,
     )
     raise typer.Exit(gemm.run(plan, console(), json_path, _command_line(), plot))
 

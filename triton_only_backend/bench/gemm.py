@@ -1,13 +1,15 @@
 """Our matrix product against cuBLAS, and against Inductor's Triton templates, in one run.
 
 Weights (N, K) are contiguous along K, as `nn.Linear` has them, or along N, in enough copies that
-each call reads them from memory. All are checked against an fp64 product in the same run; memory
-that the output may be allocated in is filled with NaN first, so that an element left unwritten
-shows.
+each call reads them from memory. Ours may read them before the kernel ahead has ended, as the
+layers of a compiled graph may, whose inputs the weights are. All are checked against an fp64
+product in the same run; memory that the output may be allocated in is filled with NaN first, so
+that an element left unwritten shows.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -58,6 +60,7 @@ class Plan:
         rows: values of M, for products that do not say their own.
         providers: of `PROVIDERS`; ours and cuBLAS always run.
         k_contiguous: the weights' layout.
+        weights_ready: ours may read the weights of "mm" early, as a compiled graph lets it.
     """
 
     shapes: str
@@ -65,6 +68,7 @@ class Plan:
     rows: tuple[int, ...]
     providers: tuple[str, ...] = (OURS, CUBLAS)
     k_contiguous: bool = True
+    weights_ready: bool = True
 
     def products(self) -> list[Product]:
         """Each product once."""
@@ -110,7 +114,7 @@ def errors(
     return {name: math.sqrt(total / norm) for name, total in differences.items()}
 
 
-def calls(op: str, names: tuple[str, ...]) -> dict[str, Call]:
+def calls(op: str, names: tuple[str, ...], *, weights_ready: bool) -> dict[str, Call]:
     """A product's function (a, b, bias) by provider."""
     with_bias = op == "baddbmm"
 
@@ -123,6 +127,9 @@ def calls(op: str, names: tuple[str, ...]) -> dict[str, Call]:
         )
 
     found = {OURS: of(torch.ops.triton_only), CUBLAS: of(torch)}
+    if op == "mm":
+        ours = functools.partial(torch.ops.triton_only.mm, weights_ready=weights_ready)
+        found[OURS] = lambda a, b, _: ours(a, b)
     if INDUCTOR in names:
         # `measure` captures the graph itself.
         options = {
@@ -270,7 +277,7 @@ def run(
             providers.reset()
             shape = (M, product.K) if product.op == "mm" else (product.batch, M, product.K)
             a = torch.randn(shape, device=device, dtype=dtype)
-            functions = calls(product.op, plan.providers)
+            functions = calls(product.op, plan.providers, weights_ready=plan.weights_ready)
             row = measure_product(product, a, weights, limits, functions)
             record.rows.append({"layer": product.name, **row})
             table.add_row(*cells(row))
@@ -278,7 +285,12 @@ def run(
         torch.cuda.empty_cache()
         console.print(table)
         layout = "K" if plan.k_contiguous else "N"
-        facts = {"dtype": plan.dtype, "weights contiguous along": layout, "floor": limits.source}
+        facts = {
+            "dtype": plan.dtype,
+            "weights contiguous along": layout,
+            "weights read early": plan.weights_ready,
+            "floor": limits.source,
+        }
         record.summary = {**summarise(record.rows), **facts}
         record.write(json_path)
     if plot_path is not None:
