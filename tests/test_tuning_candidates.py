@@ -60,10 +60,13 @@ def test_no_bound_is_above_the_model(problem: GemmProblem, device: Hardware) -> 
 # weights, of the best that a sweep over some 60 configurations a shape found.
 SWEPT = [
     ((32, 4096, 4096), ("gemm_tma", 64, 32, 256, 1, 4, True)),
-    ((32, 4096, 14336), ("gemm_tma", 64, 32, 128, 1, 4, True)),
+    ((32, 4096, 14336), ("ring_linear", 32, 32, 256, 1, 4, False)),
     ((64, 14336, 4096), ("gemm_tma", 64, 128, 128, 1, 4, False)),
     ((128, 6144, 4096), ("gemm_tma", 64, 128, 128, 1, 4, False)),
+    ((128, 10240, 8192), ("gemm_hopper", 128, 160, 64, 2, 8, False)),
     ((256, 6144, 4096), ("gemm_tma", 128, 128, 64, 1, 8, False)),
+    ((256, 14336, 4096), ("gemm_hopper", 128, 224, 64, 1, 8, False)),
+    ((512, 2560, 10240), ("gemm_hopper", 128, 160, 64, 2, 8, False)),
     ((1024, 4096, 14336), ("gemm_tma", 128, 256, 64, 1, 8, False)),
     ((4096, 4096, 4096), ("gemm_tma", 128, 256, 64, 1, 8, False)),
 ]

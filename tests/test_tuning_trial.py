@@ -42,16 +42,16 @@ def test_a_wrong_configuration_is_caught(device: str, monkeypatch: pytest.Monkey
     matmul = trial.load("matmul")
     right = matmul.matmul
 
-    def one_missing(a: Any, b: Any, bias: Any, out: Any) -> None:
-        right(a, b, bias, out)
+    def one_missing(a: Any, b: Any, bias: Any, out: Any, **how: Any) -> None:
+        right(a, b, bias, out, **how)
         out[0, 3, 5] = torch.nan
 
-    def inaccurate(a: Any, b: Any, bias: Any, out: Any) -> None:
-        right(a, b, bias, out)
+    def inaccurate(a: Any, b: Any, bias: Any, out: Any, **how: Any) -> None:
+        right(a, b, bias, out, **how)
         out[0, :8] *= 1.02
 
-    def unsteady(a: Any, b: Any, bias: Any, out: Any) -> None:
-        right(a, b, bias, out)
+    def unsteady(a: Any, b: Any, bias: Any, out: Any, **how: Any) -> None:
+        right(a, b, bias, out, **how)
         out[0, 0, 0] *= 1 + torch.rand(()).item() * 2**-4
 
     for faulty, cause in ((one_missing, "error nan"), (inaccurate, "error"), (unsteady, "bits")):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import statistics
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,7 +13,7 @@ import torch
 from triton_only_backend.errors import TritonOnlyError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
 # More than any L2 cache holds several times over, so that a rotating operand is read from memory.
 ROTATION_BYTES = 300_000_000
@@ -131,11 +133,23 @@ def capture(fns: Sequence[Callable[[], object]], *, reps: int) -> Captured:
         for fn in fns:
             fn()
         stream.synchronize()
-        with torch.cuda.graph(graph, stream=stream):
+        with _no_collection(), torch.cuda.graph(graph, stream=stream):
             for i in range(reps):
                 fns[i % len(fns)]()
     torch.cuda.current_stream().wait_stream(stream)
     return Captured(graph, reps)
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Keeps Python from collecting garbage: a graph that is freed ends a capture in an error."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def replay_in_turn(captured: Sequence[Captured], *, replays: int) -> list[float]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from triton_only_backend.kernels.gemm_configs import GemmConfig, GemmProblem, shares
+from triton_only_backend.kernels.hopper_rates import HALVES_US, division_us
 from triton_only_backend.kernels.realign_choice import realign_us
 
 if TYPE_CHECKING:
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
 
 # Microseconds that a step along K takes beside its loads and products: barriers, addresses.
 STEP_US = {"gemm": 0.04, "gemm_tma": 0.02, "gemm_hopper": 0.02}
-# … that a program takes to hand over its sums of a tile that another owns, and this to add them.
-SUMS_US = 4.0
 # Loads in flight that hide the latency of memory, bytes a multiprocessor.
 IN_FLIGHT = 40_000
 
@@ -60,10 +59,16 @@ def cost_us(problem: GemmProblem, config: GemmConfig, hardware: Hardware) -> flo
     read = _bytes(problem) / rates.memory
     seen = problem.transposed if config.swap_operands else problem
     extra = 0.0
-    if config.split_k > 1:
+    exchanged = config.kernel == "gemm_hopper" and config.split_k > 1
+    if config.split_k > 1 and not exchanged:
         extra = 2.5 + 8 * config.split_k * problem.batch * problem.M * problem.N / rates.memory
-    if config.stream_k:
-        extra = SUMS_US * config.block_m * config.block_n / 32768
+    if exchanged:
+        extra = HALVES_US
+    elif config.stream_k:
+        share = shares(seen.batch, seen.M, seen.N, seen.K, config, hardware.num_sms)
+        divided = _tiles(seen, config) - share.whole
+        if divided > 0:
+            extra = division_us(share.programs, divided, config.block_m, config.block_n)
     if config.kernel == "gemv":
         blocks = problem.batch * math.ceil(seen.N / config.block_n) * config.split_k
         idle = max(1.0, hardware.num_sms / blocks)
@@ -133,10 +138,14 @@ def _resident(config: GemmConfig, stage: int, hardware: Hardware) -> int:
     return max(1, min(memory, 65536 // registers, 4))
 
 
+def _tiles(seen: GemmProblem, config: GemmConfig) -> int:
+    return seen.batch * math.ceil(seen.M / config.block_m) * math.ceil(seen.N / config.block_n)
+
+
 def _tiles_each(seen: GemmProblem, config: GemmConfig, hardware: Hardware, resident: int) -> float:
     """How many tiles the busiest multiprocessor computes."""
-    tiles = seen.batch * math.ceil(seen.M / config.block_m) * math.ceil(seen.N / config.block_n)
-    if config.kernel == "gemm_hopper":
+    tiles = _tiles(seen, config)
+    if config.kernel == "gemm_hopper" and config.split_k == 1:
         share = shares(seen.batch, seen.M, seen.N, seen.K, config, hardware.num_sms)
         return share.tiles_each(tiles)
     rounds, rest = divmod(tiles * config.split_k, hardware.num_sms * resident)

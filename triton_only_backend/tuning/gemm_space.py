@@ -150,9 +150,9 @@ def _tiles(problem: GemmProblem, hardware: Hardware) -> Iterator[GemmConfig]:
 
 def _warp_specialised(problem: GemmProblem) -> Iterator[GemmConfig]:
     for (block_m, block_n), stages in HOPPER_TILES.items():
-        for stream_k in (False, True):
+        for split_k, stream_k in ((1, False), (1, True), (2, False)):
             for group in (8, 16) if problem.M > 2048 else (16,):
-                tile = (block_m, block_n, 64, 1, group, 8, stages)
+                tile = (block_m, block_n, 64, split_k, group, 8, stages)
                 yield GemmConfig("gemm_hopper", *tile, stream_k=stream_k)
         if math.ceil(problem.K / 64) <= stages:
             for depth in (stages, stages - 1):
