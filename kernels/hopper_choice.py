@@ -13,7 +13,12 @@ from triton_only_backend.kernels.gemm_configs import (
     GemmProblem,
     shares,
 )
-from triton_only_backend.kernels.hopper_rates import BYTES_PER_US, STEP_US, division_us
+from triton_only_backend.kernels.hopper_rates import (
+    BYTES_PER_US,
+    HALVES_US,
+    STEP_US,
+    division_us,
+)
 from triton_only_backend.kernels.sizes import fullness_of_waves, next_power_of_2
 
 if TYPE_CHECKING:
@@ -26,13 +31,14 @@ if TYPE_CHECKING:
 # Of 64 × 256 more than the 22.5 that a wave by itself takes: 64 × 57344 × 8192 takes 241 so, 235
 # in tiles of 64 × 128, and 2048 × 832 × 5376 50, in tiles of 128 × 128 31.
 _HOPPER_TILES = (
+    (64, 32, 256, 4, 4, False, 6.8),
     (64, 64, 128, 4, 6, False, 8.4),
     (64, 128, 128, 4, 4, False, 14.3),
     (64, 256, 64, 4, 5, True, 29.0),
     (128, 128, 64, 8, 6, True, 22.6),
     (128, 256, 64, 8, 4, True, 42.0),
 )
-_HOPPER_REDUCTION_US = 5.0
+_HOPPER_REDUCTION_US = 2.0
 # A second launch must promise as much. With more rows it lost up to 9 % for all that it promised:
 # there the power limit sets the pace, and multiprocessors without work raise the others' clocks.
 _WHOLE_WAVES_GAIN, _WHOLE_WAVES_ROWS = 0.98, 512
@@ -56,14 +62,19 @@ def hopper_config(problem: GemmProblem, hardware: Hardware) -> GemmConfig | None
 # 50.4 divided, an H200. Nor are tiles of so few rows, which wait for memory: 128 × 8192 × 8192 38.7
 # by `gemm_tma`, 47 divided.
 _NEARLY_FULL, _UNDIVIDED_ROWS = 0.8, 128
-# Tiles of `gemm_hopper`, and whether the last wave's are divided. Its other tiles are level with
-# `gemm_tma`'s.
+# Tiles of `gemm_hopper`, the parts of K, and whether the last wave's are divided. Its other tiles
+# are level with `gemm_tma`'s.
 _WARP_SPECIALISED = (
-    ((128, 96), False),
-    ((128, 160), False),
-    ((128, 192), False),
-    ((128, 128), True),
-    ((128, 256), True),
+    ((128, 96), 1, False),
+    ((128, 128), 1, False),
+    ((128, 160), 1, False),
+    ((128, 192), 1, False),
+    ((128, 224), 1, False),
+    ((128, 96), 2, False),
+    ((128, 128), 2, False),
+    ((128, 160), 2, False),
+    ((128, 128), 1, True),
+    ((128, 256), 1, True),
 )
 
 
@@ -79,15 +90,21 @@ def _warp_specialised(
     """
     read = (problem.M + problem.N) * problem.K * problem.element_size / BYTES_PER_US
     steps = math.ceil(problem.K / 64)
-    for (block_m, block_n), stream_k in _WARP_SPECIALISED:
+    for (block_m, block_n), split_k, stream_k in _WARP_SPECIALISED:
         stages = HOPPER_TILES[block_m, block_n]
         config = GemmConfig(
-            "gemm_hopper", block_m, block_n, 64, 1, 16, 8, stages, stream_k=stream_k
+            "gemm_hopper", block_m, block_n, 64, split_k, 16, 8, stages, stream_k=stream_k
         )
+        tiles = math.ceil(problem.M / block_m) * math.ceil(problem.N / block_n)
+        if split_k == 2:
+            # In one wave, and no fewer steps than hide the exchange.
+            if 2 * tiles <= hardware.num_sms and steps >= 2 * stages:
+                busy = 2.5 + HALVES_US + math.ceil(steps / 2) * STEP_US[block_m, block_n]
+                yield math.hypot(busy, read), config
+            continue
         share = shares(problem.batch, problem.M, problem.N, problem.K, config, hardware.num_sms)
         if stream_k != share.divided:
             continue
-        tiles = math.ceil(problem.M / block_m) * math.ceil(problem.N / block_n)
         full = fullness_of_waves(tiles, hardware.num_sms) > _NEARLY_FULL
         nearly_full = full and tiles <= hardware.num_sms
         if stream_k and (nearly_full or problem.M <= _UNDIVIDED_ROWS):
@@ -110,16 +127,16 @@ def hopper_choice(
     best: tuple[float, GemmConfig] | None = None
     for block_m, block_n, block_k, warps, stages, halves, tile_us in _HOPPER_TILES:
         tiles = math.ceil(problem.M / block_m) * math.ceil(problem.N / block_n)
-        for split_k in (1, 2, 4) if may_split else (1,):
-            if split_k > 1 and problem.K // split_k < 8 * block_k:
+        for split_k in (1, 2, 3, 4) if may_split else (1,):
+            if split_k > 1 and (problem.K // split_k < 8 * block_k or 2 * tiles > hardware.num_sms):
                 break
             waves = math.ceil(tiles * split_k / hardware.num_sms)
             compute = 2.5 + waves * tile_us * problem.K / split_k / 4096
-            if split_k > 1:
-                partials = 8 * split_k * problem.M * problem.N / BYTES_PER_US
-                compute += _HOPPER_REDUCTION_US + partials
             # Neither hides the other entirely.
             cost = math.hypot(compute, read)
+            if split_k > 1:
+                partials = 8 * split_k * problem.M * problem.N / BYTES_PER_US
+                cost += _HOPPER_REDUCTION_US + partials
             if best is None or cost < best[0]:
                 # 1024 × 4096 × 14336, one wave: 146 µs with 3 stages, 175 with 4.
                 large = block_m * block_n == 32768

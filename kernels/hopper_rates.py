@@ -6,16 +6,19 @@ from __future__ import annotations
 BYTES_PER_US = 4.2e6
 # µs that a multiprocessor takes for 64 of K on a tile of `gemm_hopper`, all of them at work.
 STEP_US = {
-    (128, 96): 0.30,
+    (128, 96): 0.275,
     (128, 128): 0.36,
-    (128, 160): 0.43,
-    (128, 192): 0.525,
+    (128, 160): 0.41,
+    (128, 192): 0.52,
+    (128, 224): 0.585,
     (128, 256): 0.655,
     (256, 128): 0.655,
 }
 # µs that dividing the last tiles costs, and for each program of those that share one of 128 × 256.
 # Measured as 3 to 10 where two share a tile, 9 where three or four do, 16 where seven do.
-_DIVISION_US, _SHARER_US = 3.0, 2.0
+_DIVISION_US, _SHARER_US = 5.0, 2.0
+# … that two programs take to exchange their sums of a tile.
+HALVES_US = 4.0
 
 
 def division_us(programs: int, divided: int, block_m: int, block_n: int) -> float:

@@ -63,7 +63,9 @@ def unaligned_gemv(problem: GemmProblem, hardware: Hardware) -> GemmConfig | Non
     if not hardware.has_wgmma or not few or not seen.b_k_contiguous:
         return None
     block_n, block_k, warps = _GEMV[next_power_of_2(seen.M)]
-    if seen.M <= 2 and seen.batch * math.ceil(seen.N / block_n) < hardware.num_sms:
+    if seen.batch * math.ceil(seen.N / block_n) < hardware.num_sms:
+        if seen.M > 2:
+            return None  # 4 × 384 × 4735 takes 19.4 µs so, copied first 8.5.
         block_n, block_k, warps = _GEMV_OF_FEW_COLUMNS
     block_k = min(block_k, max(next_power_of_2(seen.K), 32))
     return GemmConfig("gemv", 1, block_n, block_k, 1, 1, warps, 2, swap)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from triton_only_backend.kernels.limits import RING_MAX_ROWS
-from triton_only_backend.kernels.sizes import fullness_of_waves, next_power_of_2
+from triton_only_backend.kernels.sizes import next_power_of_2
 
 if TYPE_CHECKING:
     from triton_only_backend.kernels.hardware import Hardware
@@ -35,7 +35,7 @@ class RingConfig:
 
 
 # Rows of a product that the ring can take, where that was measured to be best.
-RING_PRODUCT_ROWS = 16
+RING_PRODUCT_ROWS = 32
 # Elements of normalised rows that a program keeps in shared memory, and once in registers.
 RING_NORM_ELEMENTS = 16384
 # What the ring leaves of the shared memory for the sums, barriers and what the compiler adds.
@@ -79,29 +79,39 @@ def _stages(x_bytes: int, kept: int, resident: int, hardware: Hardware) -> int:
     return room // (16384 + x_bytes)
 
 
+# Bytes of a weight up to which the ring is as fast as the tiles of `gemm_tma` with 9 to 16 rows.
+_RING_BYTES = 128 << 20
+
+
 @functools.lru_cache(maxsize=1024)
 def select_product_ring(M: int, N: int, K: int, hardware: Hardware) -> RingConfig | None:
-    """The same of a plain product, which nothing is fused with.
+    """The same of a plain product, which nothing is fused with, and whose weight is read early.
 
     Measured on an H200, bf16, µs. Of 1024 columns (64 tiles) with 4 and 8 rows 4.7 and 5.5, the
-    other kernels 6.4 and 6.5. Up to 2 rows of fewer than 4096 columns `gemv` is faster: 2560 ×
-    10240 14.3 for 18.9. So are, of 5 to 8 rows, the tiles of `gemm_tma` from 8192 columns on.
+    other kernels 6.4 and 6.5; with 16 6.5 for 8.8. Up to 2 rows of fewer than 4096 columns `gemv`
+    is faster: 2560 × 10240 14.3 for 18.9. From 5 rows on, against `gemm_tma`: 8 × 14336 × 4096
+    1.08 times as fast, 16 × 6144 × 4096 1.13, 32 × 4096 × 14336 1.05. Two runs above one another
+    are better than four where there are tiles enough; and all that K = 4864 has room for, 4 × 3712
+    × 4864 8.9, 11.8 by `gemm_tma`.
     """
-    if not hardware.has_gluon or M > RING_MAX_ROWS or K % 512 > 0:
+    if not hardware.has_gluon or M > RING_PRODUCT_ROWS or K % 256 > 0:
         return None
     sms = hardware.num_sms
     tiles = {fold: math.ceil(N / (64 // fold)) for fold in (2, 4)}
-    if (M <= 2 and tiles[4] < 1.9 * sms) or (M > 4 and tiles[4] > 3 * sms):
+    fills = tiles[2] >= 0.85 * sms
+    if M <= 2 and (K % 512 > 0 or tiles[4] < 1.9 * sms):
         return None
-    fold = 4
-    if M > 4 and tiles[2] >= 0.9 * sms:
-        # 8 × 6144 × 4096: 14.8 in 384 tiles, 16.1 in 192, of which the second wave is half empty.
-        full = {n: fullness_of_waves(tiles[n], sms) for n in (2, 4)}
-        fold = 2 if full[2] >= full[4] else 4
-    resident = 2 if M <= 4 and 1.5 * sms < tiles[4] <= 2 * sms else 1
+    if M > RING_MAX_ROWS:
+        once = tiles[2] <= sms if fills else tiles[4] <= sms and K > 2048
+        if 2 * N * K > _RING_BYTES or not (once or (fills and M <= 16)) or (M > 16 and not fills):
+            return None
+    fold = 2 if K % 512 > 0 or (M > 4 and fills) else 4
+    if fold == 2 and not fills:
+        return None
+    resident = 2 if M <= 4 and 1.5 * sms < tiles[4] <= 2 * sms and fold == 4 else 1
     x_bytes = 2 * fold * RingConfig(fold, 0).rows(M) * 128
-    most = 5 if resident == 2 else 12
-    return RingConfig(fold, min(most, _stages(x_bytes, 0, resident, hardware)), resident)
+    most_stages = 5 if resident == 2 else 12
+    return RingConfig(fold, min(most_stages, _stages(x_bytes, 0, resident, hardware)), resident)
 
 
 def ring_fits(M: int, K: int, config: RingConfig, hardware: Hardware) -> bool:
@@ -109,5 +119,5 @@ def ring_fits(M: int, K: int, config: RingConfig, hardware: Hardware) -> bool:
     if config.fold not in (2, 4) or not 0 < M <= RING_PRODUCT_ROWS or K % (128 * config.fold) > 0:
         return False
     columns = config.fold * config.rows(M)
-    used = config.stages * (16384 + 256 * columns) + 256 * columns + 2048
+    used = config.stages * (16384 + 256 * columns) + 256 * columns + 1024
     return config.stages >= 2 and config.resident * used <= hardware.shared_memory
