@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from triton_only_backend.kernels import product_ops
+from triton_only_backend.kernels import linear_ops
 from triton_only_backend.kernels.loading import load
 
 Tensor = torch.Tensor
@@ -80,7 +80,7 @@ def _linear_fused(
     input: Tensor, weights: list[Tensor], biases: list[Tensor], **options: Any
 ) -> list[Tensor]:
     """Autograd's `linear_fused`: with a gradient to come, the ops that it stands for."""
-    chosen = product_ops.LinearOptions(**options)
+    chosen = linear_ops.LinearOptions(**options)
     norm_weight, norm_eps, norm_offset, activation, gated, multiplier, scale, residual = chosen[:8]
     tensors = (input, *weights, *biases, norm_weight, chosen.norm_bias, multiplier, residual)
     if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
@@ -88,7 +88,7 @@ def _linear_fused(
         with torch._C._AutoDispatchBelowAutograd():
             outputs = torch.ops.triton_only.linear_fused(input, weights, biases, **options)
         return outputs
-    product_ops.check_linear_fused(input, weights, biases, chosen)
+    linear_ops.check_linear_fused(input, weights, biases, chosen)
     x = input
     if chosen.norm:
         wide = input.float()

@@ -29,6 +29,7 @@ from triton_only_backend.kernels import (
     attention_ops,
     gradients,
     grouped_ops,
+    linear_ops,
     product_ops,
     rope_cache_ops,
     seed_ops,
@@ -37,7 +38,7 @@ from triton_only_backend.kernels import (
 LIBRARY = torch.library.Library("triton_only", "DEF")
 TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
 
-for _module in (product_ops, grouped_ops, attention_ops, rope_cache_ops):
+for _module in (product_ops, linear_ops, grouped_ops, attention_ops, rope_cache_ops):
     for _schema in _module.SCHEMAS:
         LIBRARY.define(_schema, tags=TAGS)
     for _name, (_implementation, _fake) in _module.IMPLEMENTATIONS.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import inspect
 import io
 import json
@@ -250,6 +251,21 @@ def test_bench_gemm_notices_wrong_products(device: str, monkeypatch: pytest.Monk
     assert gemm.measure_product(product, a, weights, limits, functions)["correct"]
     wrong = {**functions, gemm.OURS: lambda a, b, bias: 1.001 * (a @ b)}
     assert not gemm.measure_product(product, a, weights, limits, wrong)["correct"]
+
+
+def test_no_garbage_is_collected_during_a_capture() -> None:
+    """Of a graph that is garbage the end of a capture would be an error; what held before holds."""
+    assert gc.isenabled()
+    with timing._no_collection():
+        assert not gc.isenabled()
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        with timing._no_collection():
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize(
