@@ -210,10 +210,10 @@ class Shares(NamedTuple):
 
     Attributes:
         programs: how many there are.
-        whole: the first tiles, each computed by one program.
+        whole: the first tiles, each computed by one program; with `split_k` all halves of tiles.
         lanes: programs that together are one of the workers that have equal shares of the steps
             along K of the other tiles.
-        divided: whether there are others, or, with `split_k`, two programs have each.
+        divided: whether there are others, or halves.
     """
 
     programs: int
@@ -237,7 +237,7 @@ def shares(batch: int, M: int, N: int, K: int, config: GemmConfig, num_sms: int)
     rows = math.ceil(M / config.block_m)
     tiles = batch * rows * math.ceil(N / config.block_n)
     if config.split_k == 2:
-        return Shares(2 * tiles, 0, 1, divided=True)
+        return Shares(2 * tiles, 2 * tiles, 1, divided=True)
     if not config.stream_k or tiles % num_sms == 0:
         return Shares(min(tiles, num_sms), tiles, 1, divided=False)
     fitting = [d for d in range(1, 17) if rows % d == 0 and num_sms // d * d >= 0.95 * num_sms]

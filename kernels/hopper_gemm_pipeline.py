@@ -96,7 +96,7 @@ def copy(
     slot = gl.to_tensor(0)
     phase = gl.to_tensor(1)  # a new barrier's wait for parity 1 returns: every slot begins empty
     tiles = batch * grid_m * grid_n
-    count, begin, end = items_of(tiles, whole, lanes, steps, STREAM_K, HALVES)
+    count, begin, end = items_of(tiles, whole, lanes, steps, STREAM_K)
     filled = gl.to_tensor(0)
     if EARLY:
         tile, first, last = item_at(0, count, begin, end, whole, lanes, steps, STREAM_K, HALVES)
@@ -226,7 +226,7 @@ def multiply(
         partial_ptr += mine.to(gl.int64) * (ROWS * BLOCK_N)
         flag_ptr += mine
     wait_for_producers(PDL)
-    count, begin, end = items_of(tiles, whole, lanes, steps, STREAM_K, HALVES)
+    count, begin, end = items_of(tiles, whole, lanes, steps, STREAM_K)
     for i in range(0, count + gl.cdiv(end, steps) - begin // steps):
         tile, first, last = item_at(i, count, begin, end, whole, lanes, steps, STREAM_K, HALVES)
         matrix, pid_m, pid_n = place_of(tile, grid_m, grid_n, GROUP_M)

@@ -63,9 +63,9 @@ def first_run_behind(step, total, workers):
 
 
 @gluon.jit
-def items_of(tiles, whole, lanes, steps, STREAM_K: gl.constexpr, HALVES: gl.constexpr):
-    """How many tiles a program works on by itself, or with HALVES on a half of, and the run of
-    steps that it has of the others."""
+def items_of(tiles, whole, lanes, steps, STREAM_K: gl.constexpr):
+    """How many tiles, or halves, a program works on by itself, and the run of steps that it has of
+    the others."""
     pid = gl.program_id(0)
     programs = gl.num_programs(0)
     begin = gl.to_tensor(0)
@@ -76,10 +76,7 @@ def items_of(tiles, whole, lanes, steps, STREAM_K: gl.constexpr, HALVES: gl.cons
         total = (tiles - whole) // lanes * steps
         begin = run_start(worker, total, workers)
         end = run_start(worker + 1, total, workers)
-    count = gl.cdiv(whole - pid, programs)
-    if HALVES:
-        count = gl.to_tensor(1)
-    return count, begin, end
+    return gl.cdiv(whole - pid, programs), begin, end
 
 
 @gluon.jit
@@ -97,10 +94,12 @@ def item_at(
         first = gl.where(divided, gl.maximum(begin - unit * steps, 0), 0)
         last = gl.where(divided, gl.minimum(end - unit * steps, steps), steps)
     if HALVES:
-        tile = gl.program_id(0) // 2
-        is_first = gl.program_id(0) % 2 == 0
+        # `tile` is that of halves so far, of which a program has one. Were it not written as if
+        # there were more, LLVM would move the epilogue's addresses to before the loop, and spill.
+        is_first = tile % 2 == 0
         first = gl.where(is_first, 0, steps // 2)
         last = gl.where(is_first, steps // 2, steps)
+        tile = tile // 2
     return tile, first, last
 
 

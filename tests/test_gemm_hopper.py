@@ -147,7 +147,7 @@ def test_every_step_of_every_tile_is_multiplied_once(kernel, size, batch, config
     for program in range(share.programs):
         kernel.program = Int(program)
         how = (share.divided and not halves, halves)
-        count, begin, end = kernel.items_of(tiles, whole, lanes, steps, *how)
+        count, begin, end = kernel.items_of(tiles, whole, lanes, steps, how[0])
         for i in range(count + -(-end // steps) - begin // steps):
             tile, first, last = kernel.item_at(Int(i), count, begin, end, whole, lanes, steps, *how)
             done.setdefault(int(tile), []).append((int(first), int(last), program))
