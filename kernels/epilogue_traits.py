@@ -52,11 +52,13 @@ def with_registers(config: GemmConfig, traits: EpilogueTraits) -> GemmConfig | N
     """A configuration of `gemm_hopper` with the registers that its epilogue leaves.
 
     None where another kernel does better: what is not 16-bit and aligned cannot be written by the
-    copy engine, or spills. So do 256 × 128 with an operand, by 120 to 212 bytes.
+    copy engine, or spills. So do 256 × 128 with an operand, by 120 to 212 bytes, and 128 × 224 with
+    one behind an activation, by 32 to 48, which 128 × 256 do not.
     """
     if traits.out_size != 2 or not traits.out_aligned or traits.is_awkward:
         return None
-    if traits.operand_size > 0 and config.block_m == 256:
+    activated = config.block_n == 224 and traits.activated
+    if traits.operand_size > 0 and (config.block_m == 256 or activated):
         return replace(config, block_m=128, block_n=256)
     return config
 
