@@ -69,9 +69,7 @@ def _choices(problem: GemmProblem, hardware: Hardware) -> Iterator[tuple[float, 
             share = shares(batch, problem.M, problem.N, problem.K, config, hardware.num_sms)
             if share.divided != stream_k:
                 continue
-            busy = 2.5 + share.tiles_each(tiles) * tile_us
-            if stream_k:
-                busy += division_us(share.programs, tiles - share.whole, block_m, block_n)
+            busy = 2.5 + share.tiles_each(tiles) * tile_us + division_us(share, tiles, config)
             cost = math.hypot(busy, max(memory, from_l2))
             yield cost / _DIVISION_GAIN if stream_k else cost, config
 

@@ -57,8 +57,8 @@ def with_registers(config: GemmConfig, traits: EpilogueTraits) -> GemmConfig | N
     """
     if traits.out_size != 2 or not traits.out_aligned or traits.is_awkward:
         return None
-    activated = config.block_n == 224 and traits.activated
-    if traits.operand_size > 0 and (config.block_m == 256 or activated):
+    spills = config.block_m == 256 or (config.block_n == 224 and traits.activated)
+    if spills and traits.operand_size > 0:
         return replace(config, block_m=128, block_n=256)
     return config
 

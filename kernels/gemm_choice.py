@@ -21,7 +21,7 @@ from triton_only_backend.kernels.gemm_configs import (
     supports,
     with_ring,
 )
-from triton_only_backend.kernels.hopper_choice import hopper_config
+from triton_only_backend.kernels.hopper_choice import fills_in_tiles, hopper_config
 from triton_only_backend.kernels.realign_choice import should_realign, unaligned_gemv
 from triton_only_backend.kernels.ring_configs import select_product_ring
 from triton_only_backend.kernels.sizes import next_power_of_2
@@ -89,7 +89,7 @@ def _streams_in_tiles(problem: GemmProblem, hardware: Hardware) -> bool:
     204.0). Contiguous along K, 2 × 4160 × 11272 77.5 by `gemv`, 32.1 in tiles.
     """
     along_n = not (problem.b_k_contiguous if problem.M <= problem.N else problem.a_k_contiguous)
-    apart = problem.K % 16 > 0 and max(problem.M, problem.N) >= 64 * (hardware.num_sms // 3)
+    apart = problem.K % 16 > 0 and fills_in_tiles(max(problem.M, problem.N), hardware)
     return (along_n or apart) and _is_single(problem, hardware)
 
 

@@ -78,6 +78,8 @@ class GemmConfig:
             persistent), "gemm_hopper" (the same with warps that only copy; num_warps counts those
             that multiply), "ring_linear" (few rows, the weight through a ring; see `ring_of`) or
             "gemv" (multiply and reduce, M ≤ 2).
+        split_k: parts of K that are summed apart; of a tile of `gemm_hopper` two programs each
+            compute one half, and exchange their sums.
         swap_operands: compute outᵀ = bᵀ @ aᵀ; block_m and block_n then refer to outᵀ.
         reduce_block: elements a program of the split-K reduction sums.
         resident: blocks of the persistent kernel that share a multiprocessor.
@@ -86,8 +88,6 @@ class GemmConfig:
         flatten: the persistent kernel loads a tile's operands while it writes the tile before.
         columns: the first columns are computed so, whose tiles come in whole waves, and those that
             would leave a wave half empty by a launch of their own with smaller tiles; 0: all are.
-        split_k: parts of K that are summed apart; of a tile of `gemm_hopper` two programs each
-            compute one half, and exchange their sums.
         stream_k: `gemm_hopper` divides the tiles that would leave a wave half empty.
         alternate: of the two groups of warps of `gemm_hopper` one multiplies while the other
             writes, where the ring holds all of a tile's operands.

@@ -42,6 +42,7 @@ from triton_only_backend.kernels.hopper_gemm_pipeline import (
     box_of,
     boxes_of,
     copy,
+    held_columns,
     multiply,
     piece_of,
 )
@@ -125,11 +126,11 @@ def gemm_hopper_kernel(
     )  # fmt: skip
 
 
-def _descriptor(matrices: torch.Tensor, rows: int, block_k: int) -> tuple[TensorDescriptor, bool]:
-    """A descriptor of a (B, rows, K) operand's tiles, and whether they are contiguous along K."""
+def _descriptor(matrices: torch.Tensor, rows: int, block_k: int) -> TensorDescriptor:
+    """A descriptor of a (B, rows, K) operand's tiles, whichever way they are contiguous."""
     if matrices.stride(2) == 1:
-        return _tiles_of(matrices, rows, block_k), True
-    return _tiles_of(matrices.mT, block_k, rows), False
+        return _tiles_of(matrices, rows, block_k)
+    return _tiles_of(matrices.mT, block_k, rows)
 
 
 def _tiles_of(matrices: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
@@ -150,8 +151,7 @@ def ring_and_staging(config: GemmConfig, b_k_major: bool, shared_memory: int) ->
     """The slots of the ring, at most `config`'s, and pieces of a consumer's result, that fit."""
     width = piece_of(config.block_n)
     piece = config.block_m * width * 2
-    columns = box_of(config.block_n, b_k_major) * boxes_of(config.block_n, b_k_major)
-    slot = (config.block_m + columns) * config.block_k * 2
+    slot = (config.block_m + held_columns(config.block_n, b_k_major)) * config.block_k * 2
     room = shared_memory - 1024
     stages = min(config.num_stages, (room - piece) // slot)
     return stages, min(config.block_n // width, (room - stages * slot) // piece)
@@ -188,8 +188,9 @@ def gemm_hopper(
     batch, M, K = a.shape
     N = b.shape[2]
     rows = config.block_m // HOPPER_CONSUMERS
-    a_desc, a_k_major = _descriptor(a, rows, config.block_k)
-    b_desc, b_k_major = _descriptor(b.mT, box_of(config.block_n, b.stride(1) == 1), config.block_k)
+    a_k_major, b_k_major = a.stride(2) == 1, b.stride(1) == 1
+    a_desc = _descriptor(a, rows, config.block_k)
+    b_desc = _descriptor(b.mT, box_of(config.block_n, b_k_major), config.block_k)
     stages, buffers = ring_and_staging(config, b_k_major, device.shared_memory)
     share = shares(batch, M, N, K, config, device.num_sms)
     flags = workspace = partial_desc = None

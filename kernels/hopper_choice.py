@@ -13,12 +13,7 @@ from triton_only_backend.kernels.gemm_configs import (
     GemmProblem,
     shares,
 )
-from triton_only_backend.kernels.hopper_rates import (
-    BYTES_PER_US,
-    HALVES_US,
-    STEP_US,
-    division_us,
-)
+from triton_only_backend.kernels.hopper_rates import BYTES_PER_US, STEP_US, division_us
 from triton_only_backend.kernels.sizes import fullness_of_waves, next_power_of_2
 
 if TYPE_CHECKING:
@@ -95,27 +90,21 @@ def _warp_specialised(
         config = GemmConfig(
             "gemm_hopper", block_m, block_n, 64, split_k, 16, 8, stages, stream_k=stream_k
         )
-        tiles = math.ceil(problem.M / block_m) * math.ceil(problem.N / block_n)
-        if split_k == 2:
-            # In one wave, and no fewer steps than hide the exchange.
-            if 2 * tiles <= hardware.num_sms and steps >= 2 * stages:
-                busy = 2.5 + HALVES_US + math.ceil(steps / 2) * STEP_US[block_m, block_n]
-                yield math.hypot(busy, read), config
-            continue
         share = shares(problem.batch, problem.M, problem.N, problem.K, config, hardware.num_sms)
-        if stream_k != share.divided:
-            continue
+        tiles = math.ceil(problem.M / block_m) * math.ceil(problem.N / block_n)
         full = fullness_of_waves(tiles, hardware.num_sms) > _NEARLY_FULL
         nearly_full = full and tiles <= hardware.num_sms
-        if stream_k and (nearly_full or problem.M <= _UNDIVIDED_ROWS):
+        if stream_k and (not share.divided or nearly_full or problem.M <= _UNDIVIDED_ROWS):
             continue
-        each = math.ceil(share.whole / share.programs) * steps  # of the busiest program
-        extra = 2.5
+        # Halves in one wave, and of no fewer steps than hide the exchange.
+        if split_k == 2 and (share.programs > hardware.num_sms or steps < 2 * stages):
+            continue
+        # Of the busiest program.
+        each = math.ceil(share.whole / share.programs) * math.ceil(steps / split_k)
         if stream_k:
-            divided = tiles - share.whole
-            each += math.ceil(divided * steps / share.programs)
-            extra += division_us(share.programs, divided, block_m, block_n)
-        yield math.hypot(extra + each * STEP_US[block_m, block_n], read), config
+            each += math.ceil((tiles - share.whole) * steps / share.programs)
+        busy = 2.5 + division_us(share, tiles, config) + each * STEP_US[block_m, block_n]
+        yield math.hypot(busy, read), config
 
 
 @functools.lru_cache(maxsize=4096)
@@ -180,11 +169,16 @@ _SKINNY_TILES = {
 _FULL_ENOUGH = 0.85
 
 
+def fills_in_tiles(rows: int, hardware: Hardware) -> bool:
+    """Whether a weight has rows enough to fill the GPU with tiles of 64 of them."""
+    return math.ceil(rows / 64) >= hardware.num_sms // 3
+
+
 def _hopper_skinny(problem: GemmProblem, hardware: Hardware, *, swap: bool) -> GemmConfig | None:
     """The problem comes with its long side, the weight's rows, as M; N ≤ 32."""
     block_n = max(next_power_of_2(problem.N), 16)
-    if math.ceil(problem.M / 64) < hardware.num_sms // 3:
-        return None  # Too few rows to fill the GPU: split-K of the pointer kernel is faster.
+    if not fills_in_tiles(problem.M, hardware):
+        return None  # Split-K of the pointer kernel is faster.
 
     def fullness(block_m: int) -> float:
         return fullness_of_waves(math.ceil(problem.M / block_m), hardware.num_sms)

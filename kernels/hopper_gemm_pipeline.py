@@ -18,6 +18,7 @@ from triton_only_backend.kernels.stream_k import (
     give,
     item_at,
     items_of,
+    layout_of_piece,
     others_of,
     place_of,
     take_piece,
@@ -45,6 +46,12 @@ def boxes_of(BLOCK_N, K_MAJOR):
     return -(-BLOCK_N // box_of(BLOCK_N, K_MAJOR))
 
 
+@gluon.constexpr_function
+def held_columns(BLOCK_N, K_MAJOR):
+    """The columns that a slot of the ring holds: a tile's, in whole boxes."""
+    return box_of(BLOCK_N, K_MAJOR) * boxes_of(BLOCK_N, K_MAJOR)
+
+
 @gluon.jit
 def copy_box(desc, matrix, row, k, arrived, buffer, K_MAJOR: gl.constexpr):
     if K_MAJOR:
@@ -59,7 +66,7 @@ def expect_step(
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, B_K_MAJOR: gl.constexpr,
 ):  # fmt: skip
     """Says how much is to arrive in a slot."""
-    COLUMNS: gl.constexpr = box_of(BLOCK_N, B_K_MAJOR) * boxes_of(BLOCK_N, B_K_MAJOR)
+    COLUMNS: gl.constexpr = held_columns(BLOCK_N, B_K_MAJOR)
     mbarrier.expect(full.index(slot), (BLOCK_M + COLUMNS) * BLOCK_K * 2)
 
 
@@ -134,7 +141,7 @@ def copy(
 def zero_pieces(ROWS: gl.constexpr, COLUMNS: gl.constexpr):
     """An accumulator of (ROWS, COLUMNS), as a tuple of what is written at a time."""
     WIDTH: gl.constexpr = piece_of(COLUMNS)
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
+    layout: gl.constexpr = layout_of_piece(WIDTH)
     pieces: gl.tuple = ()
     for _ in gl.static_range(COLUMNS // WIDTH):
         pieces += (gl.zeros([ROWS, WIDTH], gl.float32, layout),)
@@ -161,7 +168,7 @@ def write(
     """
     ROWS: gl.constexpr = pieces[0].shape[0]
     WIDTH: gl.constexpr = pieces[0].shape[1]
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
+    layout: gl.constexpr = layout_of_piece(WIDTH)
     for i in gl.static_range(len(pieces)):
         x = pieces[i]
         if STREAM_K:
@@ -209,7 +216,7 @@ def multiply(
     With ALTERNATE the ring must hold all of a tile: a slot is free when both have had their turn.
     """
     ROWS: gl.constexpr = BLOCK_M // CONSUMERS
-    COLUMNS: gl.constexpr = box_of(BLOCK_N, B_K_MAJOR) * boxes_of(BLOCK_N, B_K_MAJOR)
+    COLUMNS: gl.constexpr = held_columns(BLOCK_N, B_K_MAJOR)
     grid_m = gl.cdiv(M, BLOCK_M)
     grid_n = gl.cdiv(N, BLOCK_N)
     tiles = batch * grid_m * grid_n

@@ -305,9 +305,12 @@ def _gate(
     gate_bias, up_bias = biases or (None, None)
     gate = torch.empty_like(out)
     before = replace(epilogue, residual=None)
+    matmul(
+        x[None], weights[0].T[None], gate_bias, gate[None],
+        epilogue=before, b_ready=weights_ready,
+    )  # fmt: skip
     after = Epilogue(multiplier=gate, residual=epilogue.residual)
-    for weight, bias, made, what in (
-        (weights[0], gate_bias, gate, before),
-        (weights[1], up_bias, out, after),
-    ):
-        matmul(x[None], weight.T[None], bias, made[None], epilogue=what, b_ready=weights_ready)
+    matmul(
+        x[None], weights[1].T[None], up_bias, out[None],
+        epilogue=after, b_ready=weights_ready,
+    )  # fmt: skip

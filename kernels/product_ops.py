@@ -121,13 +121,7 @@ def _baddbmm(
 
 
 def _fake_mm(op: str, dim: int) -> Any:
-    def fake(
-        a: Tensor,
-        b: Tensor,
-        *,
-        out_dtype: torch.dtype | None = None,
-        weights_ready: bool = False,
-    ) -> Tensor:
+    def fake(a: Tensor, b: Tensor, *, out_dtype: torch.dtype | None = None, **_: Any) -> Tensor:
         check_product(op, a, b, dim)
         return _product_like(a, b, out_dtype)
 
@@ -136,14 +130,7 @@ def _fake_mm(op: str, dim: int) -> Any:
 
 def _fake_addmm(op: str, dim: int) -> Any:
     def fake(
-        bias: Tensor,
-        a: Tensor,
-        b: Tensor,
-        *,
-        beta: float = 1,
-        alpha: float = 1,
-        out_dtype: torch.dtype | None = None,
-        weights_ready: bool = False,
+        bias: Tensor, a: Tensor, b: Tensor, *, out_dtype: torch.dtype | None = None, **_: Any
     ) -> Tensor:
         check_product(op, a, b, dim)
         out = _product_like(a, b, out_dtype)

@@ -102,8 +102,8 @@ def select_product_ring(M: int, N: int, K: int, hardware: Hardware) -> RingConfi
     if M <= 2 and (K % 512 > 0 or tiles[4] < 1.9 * sms):
         return None
     if M > RING_MAX_ROWS:
-        once = tiles[2] <= sms if fills else tiles[4] <= sms and K > 2048
-        if 2 * N * K > _RING_BYTES or not (once or (fills and M <= 16)) or (M > 16 and not fills):
+        once = tiles[2] <= sms if fills else M <= 16 and tiles[4] <= sms and K > 2048
+        if 2 * N * K > _RING_BYTES or not (once or (fills and M <= 16)):
             return None
     fold = 2 if K % 512 > 0 or (M > 4 and fills) else 4
     if fold == 2 and not fills:

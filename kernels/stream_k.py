@@ -44,6 +44,14 @@ from triton_only_backend.kernels.tma_ring import advance, load_tile, seen_as, sy
 
 # Warpgroups that multiply.
 CONSUMERS = gl.constexpr(HOPPER_CONSUMERS)
+# Of sums on their way, four neighbours a thread.
+_SUMS = gl.constexpr(gl.BlockedLayout([1, 4], [1, 32], [1, 4], [1, 0]))
+
+
+@gluon.constexpr_function
+def layout_of_piece(WIDTH):
+    """How the accumulators have so many columns."""
+    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
 
 
 @gluon.jit
@@ -123,10 +131,10 @@ def place_of(tile, grid_m, grid_n, GROUP_M: gl.constexpr):
 
 
 @gluon.jit
-def offsets_of(LINES: gl.constexpr, LAYOUT: gl.constexpr):
+def offsets_of(LINES: gl.constexpr):
     """Where a piece's elements lie in the workspace, as `store_partial` sees it."""
-    offs_m = gl.arange(0, LINES, layout=gl.SliceLayout(1, LAYOUT))
-    offs_n = gl.arange(0, 512, layout=gl.SliceLayout(0, LAYOUT))
+    offs_m = gl.arange(0, LINES, layout=gl.SliceLayout(1, _SUMS))
+    offs_n = gl.arange(0, 512, layout=gl.SliceLayout(0, _SUMS))
     return offs_m[:, None] * 512 + offs_n[None, :]
 
 
@@ -138,10 +146,9 @@ def store_partial(x, partial_ptr):
     """
     ROWS: gl.constexpr = x.shape[0]
     LINES: gl.constexpr = x.numel // 512
-    layout: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [1, 4], [1, 0])
     x = x.reshape([ROWS // 64, 4, 2, 8, x.shape[1] // 8, 4, 2]).permute(0, 4, 1, 3, 5, 2, 6)
-    x = gl.convert_layout(x.reshape([LINES, 512]), layout, assert_trivial=True)
-    gl.store(partial_ptr + offsets_of(LINES, layout), x)
+    x = gl.convert_layout(x.reshape([LINES, 512]), _SUMS, assert_trivial=True)
+    gl.store(partial_ptr + offsets_of(LINES), x)
 
 
 @gluon.jit
@@ -209,13 +216,12 @@ def take_sums(
     INDEX: gl.constexpr, ROWS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The sum of what a slot holds over `others`, in their order; and the ring's state."""
-    layout: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [1, 4], [1, 0])
     linear: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-    total = gl.zeros([ROWS // 16, 512], gl.float32, layout)
+    total = gl.zeros([ROWS // 16, 512], gl.float32, _SUMS)
     for _ in range(others):
         mbarrier.wait(full.index(slot), phase)
         buffer = a_ring.index(slot * CONSUMERS + INDEX)
-        total += seen_as(buffer, gl.float32, [ROWS // 16, 512], linear).load(layout)
+        total += seen_as(buffer, gl.float32, [ROWS // 16, 512], linear).load(_SUMS)
         # What this thread reads must not meet what is copied there next: without the fence sums
         # of 304 × 1352 × 712 were wrong in 227 of 300 launches on an H200.
         fence_async_shared()
@@ -228,8 +234,7 @@ def take_sums(
 def as_piece(x, ROWS: gl.constexpr, WIDTH: gl.constexpr):
     """What `store_partial` wrote, as the accumulators have it; no thread moves anything."""
     x = x.reshape([ROWS // 64, WIDTH // 8, 4, 8, 4, 2, 2]).permute(0, 2, 5, 3, 1, 4, 6)
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
-    return gl.convert_layout(x.reshape([ROWS, WIDTH]), layout, assert_trivial=True)
+    return gl.convert_layout(x.reshape([ROWS, WIDTH]), layout_of_piece(WIDTH), assert_trivial=True)
 
 
 @gluon.jit
@@ -251,10 +256,9 @@ def add_other_half(pieces, partial_ptr, flag_ptr):
     ROWS: gl.constexpr = pieces[0].shape[0]
     WIDTH: gl.constexpr = pieces[0].shape[1]
     LINES: gl.constexpr = pieces[0].numel // 512
-    layout: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [1, 4], [1, 0])
     take_flag(flag_ptr)
     sums: gl.tuple = ()
     for i in gl.static_range(len(pieces)):
-        other = gl.load(partial_ptr + i * pieces[i].numel + offsets_of(LINES, layout))
+        other = gl.load(partial_ptr + i * pieces[i].numel + offsets_of(LINES))
         sums += (pieces[i] + as_piece(other, ROWS, WIDTH),)
     return sums

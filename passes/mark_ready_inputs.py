@@ -37,11 +37,7 @@ from triton_only_backend.passes.graph_edit import arguments, value
 
 Node = torch.fx.Node
 LINEAR = torch.ops.triton_only.linear_fused.default
-# Of a product: the names of what is computed, and of the weight.
-PRODUCTS = {
-    torch.ops.triton_only.mm.default: ("a", "b"),
-    torch.ops.triton_only.addmm.default: ("a", "b"),
-}
+PRODUCTS = (torch.ops.triton_only.mm.default, torch.ops.triton_only.addmm.default)
 ATTENTION = torch.ops.triton_only.attention_rope_cache.default
 FUNCTIONAL = torch.ops.higher_order.auto_functionalized_v2
 COPY = torch.ops.aten.copy_.default
@@ -56,10 +52,10 @@ def mark_ready_inputs(graph: torch.fx.Graph) -> int:
         weights = [*given["weights"], given["norm_weight"], given["norm_bias"]]
         if _are_settled(weights, written) and _is_computed(given["input"]):
             count += _mark(node, "weights_ready")
-    for target, (computed, weight) in PRODUCTS.items():
+    for target in PRODUCTS:
         for node in graph.find_nodes(op="call_function", target=target):
             given = arguments(node)
-            if _are_settled([given[weight]], written) and _is_computed(given[computed]):
+            if _are_settled([given["b"]], written) and _is_computed(given["a"]):
                 count += _mark(node, "weights_ready")
     for node in graph.find_nodes(op="call_function", target=FUNCTIONAL):
         if node.args[0] is ATTENTION and _owns_caches(node) and _is_computed(node.kwargs["query"]):

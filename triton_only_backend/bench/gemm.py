@@ -9,7 +9,6 @@ that an element left unwritten shows.
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -118,18 +117,17 @@ def calls(op: str, names: tuple[str, ...], *, weights_ready: bool) -> dict[str, 
     """A product's function (a, b, bias) by provider."""
     with_bias = op == "baddbmm"
 
-    def of(namespace: Any) -> Call:
+    ready = {"weights_ready": weights_ready} if op == "mm" else {}
+
+    def of(namespace: Any, **options: bool) -> Call:
         function = getattr(namespace, op)
         return (
-            (lambda a, b, bias: function(bias, a, b))
+            (lambda a, b, bias: function(bias, a, b, **options))
             if with_bias
-            else lambda a, b, _: function(a, b)
+            else lambda a, b, _: function(a, b, **options)
         )
 
-    found = {OURS: of(torch.ops.triton_only), CUBLAS: of(torch)}
-    if op == "mm":
-        ours = functools.partial(torch.ops.triton_only.mm, weights_ready=weights_ready)
-        found[OURS] = lambda a, b, _: ours(a, b)
+    found = {OURS: of(torch.ops.triton_only, **ready), CUBLAS: of(torch)}
     if INDUCTOR in names:
         # `measure` captures the graph itself.
         options = {

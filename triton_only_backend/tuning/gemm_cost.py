@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from triton_only_backend.kernels.gemm_configs import GemmConfig, GemmProblem, shares
-from triton_only_backend.kernels.hopper_rates import HALVES_US, division_us
+from triton_only_backend.kernels.hopper_rates import division_us
 from triton_only_backend.kernels.realign_choice import realign_us
 
 if TYPE_CHECKING:
@@ -59,16 +59,11 @@ def cost_us(problem: GemmProblem, config: GemmConfig, hardware: Hardware) -> flo
     read = _bytes(problem) / rates.memory
     seen = problem.transposed if config.swap_operands else problem
     extra = 0.0
-    exchanged = config.kernel == "gemm_hopper" and config.split_k > 1
-    if config.split_k > 1 and not exchanged:
-        extra = 2.5 + 8 * config.split_k * problem.batch * problem.M * problem.N / rates.memory
-    if exchanged:
-        extra = HALVES_US
-    elif config.stream_k:
+    if config.kernel == "gemm_hopper":
         share = shares(seen.batch, seen.M, seen.N, seen.K, config, hardware.num_sms)
-        divided = _tiles(seen, config) - share.whole
-        if divided > 0:
-            extra = division_us(share.programs, divided, config.block_m, config.block_n)
+        extra = division_us(share, _tiles(seen, config), config)
+    elif config.split_k > 1:
+        extra = 2.5 + 8 * config.split_k * problem.batch * problem.M * problem.N / rates.memory
     if config.kernel == "gemv":
         blocks = problem.batch * math.ceil(seen.N / config.block_n) * config.split_k
         idle = max(1.0, hardware.num_sms / blocks)
