@@ -35,17 +35,13 @@ def select_config(problem: GemmProblem, hardware: Hardware) -> GemmConfig:
     return tuned.select("gemm", problem, hardware, GemmConfig, supports, heuristic_config)
 
 
-# Bytes of a weight above which `gemv` is as fast as the ring: 4096 × 14336 29.3 and 27.2 µs,
-# 128256 × 4096 237 and 237 to 241 (an H200, bf16, M = 2).
-_GEMV_BYTES = 128 << 20
-
-
 @functools.lru_cache(maxsize=4096)
 def heuristic_config(problem: GemmProblem, hardware: Hardware) -> GemmConfig:
     """The configuration the heuristic chooses."""
-    large = problem.N * problem.K * problem.element_size > _GEMV_BYTES
-    if streams_through_ring(problem) and not (large and problem.M <= GEMV_MAX_ROWS):
-        ring = select_product_ring(problem.M, problem.N, problem.K, hardware)
+    if streams_through_ring(problem):
+        ring = select_product_ring(
+            problem.M, problem.N, problem.K, problem.b_k_contiguous, hardware
+        )
         if ring is not None:
             return with_ring(problem.M, ring)
     return general_config(problem, hardware)
@@ -86,11 +82,13 @@ def _streams_in_tiles(problem: GemmProblem, hardware: Hardware) -> bool:
 
     Measured on an H200, bf16, one row, µs (the tiled kernels' of 8 rows, cuBLAS' of one): 10240 ×
     8192 61.9 by `gemv` (40.1, 44.2), 14336 × 4096 37.2 (29.1, 30.4), 57344 × 8192 209.9 (207.9,
-    204.0). Contiguous along K, 2 × 4160 × 11272 77.5 by `gemv`, 32.1 in tiles.
+    204.0); of one, in batches, 64 × 1 × 128 × 2048 14.0 (9.8, 10.6), 64 × 1 × 2048 × 128 15.9
+    (12.8, 10.8). Contiguous along K, 2 × 4160 × 11272 77.5 by `gemv`, 32.1 in tiles.
     """
     along_n = not (problem.b_k_contiguous if problem.M <= problem.N else problem.a_k_contiguous)
     apart = problem.K % 16 > 0 and fills_in_tiles(max(problem.M, problem.N), hardware)
-    return (along_n or apart) and _is_single(problem, hardware)
+    on_tensor_cores = problem.element_size == 2 and hardware.has_wgmma
+    return on_tensor_cores and (along_n or (apart and problem.batch == 1))
 
 
 def _is_small(problem: GemmProblem, hardware: Hardware) -> bool:

@@ -165,7 +165,7 @@ def supports(problem: GemmProblem, config: GemmConfig, hardware: Hardware) -> bo
             streams_through_ring(problem)
             and hardware.has_gluon
             and not config.swap_operands
-            and config.block_n in (16, 32)
+            and (problem.b_k_contiguous or config.block_n >= 64)
             and ring_fits(problem.M, problem.K, ring_of(config), hardware)
         )
     stage = (config.block_m + config.block_n) * config.block_k * problem.element_size
@@ -191,18 +191,18 @@ def supports(problem: GemmProblem, config: GemmConfig, hardware: Hardware) -> bo
 def streams_through_ring(problem: GemmProblem) -> bool:
     """Whether the operands lie as `ring_linear` reads them."""
     plain = problem.aligned and problem.element_size == 2 and problem.batch == 1
-    return plain and problem.a_k_contiguous and problem.b_k_contiguous
+    return plain and problem.a_k_contiguous
 
 
 def with_ring(M: int, ring: RingConfig) -> GemmConfig:
-    """A product of up to M rows through the ring: a tile has 64 / fold columns of the output."""
-    tile = (ring.rows(M), 64 // ring.fold, 128 * ring.fold)
-    return GemmConfig("ring_linear", *tile, 1, 1, 4, ring.stages, resident=ring.resident)
+    """A product of up to M rows through the ring."""
+    tile = (ring.rows(M), ring.tile, ring.step)
+    return GemmConfig("ring_linear", *tile, ring.split_k, 1, 4, ring.stages, resident=ring.resident)
 
 
 def ring_of(config: GemmConfig) -> RingConfig:
     """What `with_ring` was given."""
-    return RingConfig(64 // config.block_n, config.num_stages, config.resident)
+    return RingConfig(config.block_n, config.num_stages, config.resident, config.split_k)
 
 
 class Shares(NamedTuple):

@@ -1,6 +1,6 @@
-"""The parts of a block of `ring_linear`, which meet in shared memory: who copies, who multiplies.
+"""The warps of `ring_linear` that multiply, and write; what they wait for is in `ring_copies`.
 
-`full[s]` says that a ring slot has arrived, `empty[s]` that it has been multiplied.
+Which tiles, or parts of tiles, a program works on is in `ring_shares`.
 """
 
 from __future__ import annotations
@@ -16,87 +16,22 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from triton_only_backend.kernels.dependent_launch import release_dependents, wait_for_producers
 from triton_only_backend.kernels.epilogue import activate, apply_epilogue
-from triton_only_backend.kernels.tma_ring import advance, load_tile, seen_as
-
-
-@gluon.jit
-def copy_weights(
-    weight_descs, columns, tile, step, ring, slot, arrived,
-    FOLD: gl.constexpr, BOXES: gl.constexpr, GATED: gl.constexpr,
-):  # fmt: skip
-    """Asks for a tile's two boxes at a step: one of each weight, or two neighbours along K."""
-    TILE: gl.constexpr = 64 // FOLD
-    if GATED:
-        for i in gl.static_range(2):
-            load_tile(
-                weight_descs[i], [step * FOLD, tile * TILE, 0], arrived, ring.index(slot * 2 + i)
-            )
-    else:
-        first = 0
-        for i in gl.static_range(len(weight_descs)):
-            tiles = gl.cdiv(columns[i], TILE)
-            if tile >= first and tile < first + tiles:
-                for j in gl.static_range(2):
-                    load_tile(
-                        weight_descs[i], [(step * BOXES + j) * FOLD, (tile - first) * TILE, 0],
-                        arrived, ring.index(slot * 2 + j),
-                    )  # fmt: skip
-            first += tiles
-
-
-@gluon.jit
-def copy_x(x_desc, step, x_ring, slot, arrived, FOLD: gl.constexpr, BOXES: gl.constexpr):
-    for j in gl.static_range(BOXES):
-        box = x_ring.index(slot * BOXES + j)
-        load_tile(x_desc, [(step * BOXES + j) * FOLD, 0, 0], arrived, box)
-
-
-@gluon.jit
-def copy(
-    x_desc, weight_descs, columns, tiles, steps, ring, x_ring, full, empty,
-    FOLD: gl.constexpr, BOXES: gl.constexpr, STAGES: gl.constexpr, BYTES: gl.constexpr,
-    GATED: gl.constexpr, HAS_X: gl.constexpr, EARLY: gl.constexpr, PDL: gl.constexpr,
-):  # fmt: skip
-    """The copying warp. HAS_X: x comes with the weights; else the consumers have all of it."""
-    pid = gl.program_id(0)
-    programs = gl.num_programs(0)
-    total = gl.cdiv(tiles - pid, programs) * steps
-    filled = gl.minimum(total, STAGES)
-    if not EARLY:
-        wait_for_producers(PDL)
-    tile = pid
-    step = 0
-    for i in range(0, filled):
-        mbarrier.expect(full.index(i), BYTES)
-        copy_weights(weight_descs, columns, tile, step, ring, i, full.index(i), FOLD, BOXES, GATED)
-        step += 1
-        if step == steps:
-            step = 0
-            tile += programs
-    if EARLY:
-        wait_for_producers(PDL)
-    if HAS_X:
-        for i in range(0, filled):
-            copy_x(x_desc, i % steps, x_ring, i, full.index(i), FOLD, BOXES)
-    for i in range(filled, total):
-        slot = i % STAGES
-        arrived = full.index(slot)
-        mbarrier.wait(empty.index(slot), (i // STAGES - 1) & 1)
-        mbarrier.expect(arrived, BYTES)
-        copy_weights(weight_descs, columns, tile, step, ring, slot, arrived, FOLD, BOXES, GATED)
-        if HAS_X:
-            copy_x(x_desc, step, x_ring, slot, arrived, FOLD, BOXES)
-        step += 1
-        if step == steps:
-            step = 0
-            tile += programs
+from triton_only_backend.kernels.ring_copies import RUN, boxes_of, matrices_of, runs_of
+from triton_only_backend.kernels.ring_shares import (
+    give,
+    is_last_of,
+    room_of,
+    share_of,
+    sharers_of,
+    total_of,
+)
+from triton_only_backend.kernels.tma_ring import advance, seen_as, slot_before
 
 
 @gluon.jit
 def normalise(
     x_ptr, norm_ptr, x_boxes, M, K: gl.constexpr, stride_m, norm_eps, norm_offset,
-    ROWS: gl.constexpr, CHUNK: gl.constexpr, RUN: gl.constexpr, EARLY: gl.constexpr,
-    PDL: gl.constexpr,
+    ROWS: gl.constexpr, CHUNK: gl.constexpr, EARLY: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """Writes the normalised rows to shared memory, run by run of K, as they are multiplied."""
     LINES: gl.constexpr = CHUNK // RUN * ROWS
@@ -135,13 +70,15 @@ def normalise(
 @gluon.jit
 def collect(acc, buffer, FOLD: gl.constexpr, ROWS: gl.constexpr, layout: gl.constexpr):
     """The sum of a product's blocks on the diagonal: (64, FOLD · ROWS) to (64 / FOLD, ROWS)."""
-    TILE: gl.constexpr = 64 // FOLD
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-    buffer.store(acc)
-    runs = seen_as(buffer, gl.float32, [FOLD, TILE, FOLD * ROWS], plain)
-    total = runs.index(0).slice(0, ROWS, dim=1).load(layout)
-    for j in gl.static_range(1, FOLD):
-        total += runs.index(j).slice(j * ROWS, ROWS, dim=1).load(layout)
+    if FOLD == 1:
+        total = gl.convert_layout(acc, layout)
+    else:
+        buffer.store(acc)
+        runs = seen_as(buffer, gl.float32, [FOLD, 64 // FOLD, FOLD * ROWS], plain)
+        total = runs.index(0).slice(0, ROWS, dim=1).load(layout)
+        for j in gl.static_range(1, FOLD):
+            total += runs.index(j).slice(j * ROWS, ROWS, dim=1).load(layout)
     return total
 
 
@@ -172,16 +109,29 @@ def write_tile(
 
 
 @gluon.jit
+def computed_here(x):
+    """An integer that LLVM takes for another each time: what is computed from it stays where it is,
+    and its registers are not kept through the loop over K, which would spill."""
+    return gl.inline_asm_elementwise(
+        "mov.b32 $0, $1;", "=r,r", [gl.to_tensor(x)], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
 def multiply(
     x_ptr, norm_ptr, biases, outs, columns, tiles, steps, M, K: gl.constexpr, stride_m,
-    norm_eps, norm_offset, epilogue, ring, x_ring, buffers, full, empty,
-    ROWS: gl.constexpr, FOLD: gl.constexpr, BOXES: gl.constexpr, STAGES: gl.constexpr,
-    CHUNK: gl.constexpr, RUN: gl.constexpr, GATED: gl.constexpr, ACTIVATION: gl.constexpr,
+    norm_eps, norm_offset, epilogue, workspace_ptr, counters_ptr, ring, x_ring, buffers, full,
+    empty, ROWS: gl.constexpr, TILE: gl.constexpr, STAGES: gl.constexpr, CHUNK: gl.constexpr,
+    GATED: gl.constexpr, K_MAJOR: gl.constexpr, ACTIVATION: gl.constexpr, DIVIDED: gl.constexpr,
     EARLY: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """The multiplying warps."""
-    MATRICES: gl.constexpr = 2 if GATED else 1
-    TILE: gl.constexpr = 64 // FOLD
+    FOLD: gl.constexpr = runs_of(TILE)
+    MATRICES: gl.constexpr = matrices_of(TILE, GATED)
+    BOXES: gl.constexpr = boxes_of(TILE, GATED)
+    # Two products of a step each: with few rows they take so little time that a slot which is free
+    # at once is worth more.
+    OVERLAP: gl.constexpr = ROWS >= 32
     acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, FOLD * ROWS, 16])
     out_layout: gl.constexpr = gl.BlockedLayout([1, 1], [16, 2], [4, 1], [0, 1])
     if norm_ptr is not None:
@@ -190,48 +140,93 @@ def multiply(
         x_boxes = seen_as(x_ring, dtype, [K // CHUNK, CHUNK // RUN * ROWS, RUN], flat)
         normalise(
             x_ptr, norm_ptr, x_boxes, M, K, stride_m, norm_eps, norm_offset,
-            ROWS, CHUNK, RUN, EARLY, PDL,
+            ROWS, CHUNK, EARLY, PDL,
         )  # fmt: skip
     else:
         wait_for_producers(PDL)
     release_dependents(PDL)
     slot = 0
     phase = 0
-    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+    tile, begin, left = share_of(tiles, steps, DIVIDED)
+    while left > 0:
+        end = gl.minimum(begin + left, steps)
         accs: gl.tuple = ()
         for _ in gl.static_range(MATRICES):
             accs += (gl.zeros([64, FOLD * ROWS], gl.float32, acc_layout),)
-        for step in range(0, steps):
+        for step in range(begin, end):
             mbarrier.wait(full.index(slot), phase)
             running: gl.tuple = ()
             for i in gl.static_range(MATRICES):
                 acc = accs[i]
                 for j in gl.static_range(BOXES):
                     x = x_ring.index((slot if norm_ptr is None else step) * BOXES + j)
-                    weight = ring.index(slot * 2 + (i if GATED else j))
+                    weight = ring.index(slot * (MATRICES * BOXES) + i * BOXES + j)
+                    if not K_MAJOR:
+                        weight = weight.permute((1, 0))
                     acc = warpgroup_mma(weight, x.permute((1, 0)), acc, is_async=True)
                 running += (acc,)
             accs = ()
             for i in gl.static_range(MATRICES):
-                accs += (warpgroup_mma_wait(0, deps=[running[i]]),)
-            mbarrier.arrive(empty.index(slot))
+                accs += (warpgroup_mma_wait(MATRICES * BOXES if OVERLAP else 0, deps=[running[i]]),)
+            if OVERLAP:
+                # The step before has been multiplied.
+                mbarrier.arrive(empty.index(slot_before(slot, STAGES)), pred=step > begin)
+            else:
+                mbarrier.arrive(empty.index(slot))
             slot, phase = advance(slot, phase, STAGES)
+        if OVERLAP:
+            finished: gl.tuple = ()
+            for i in gl.static_range(MATRICES):
+                finished += (warpgroup_mma_wait(0, deps=[accs[i]]),)
+            accs = finished
+            mbarrier.arrive(empty.index(slot_before(slot, STAGES)))
 
-        values: gl.tuple = ()
-        for i in gl.static_range(MATRICES):
-            values += (collect(accs[i], buffers.index(i), FOLD, ROWS, out_layout),)
-        if GATED:
+        if DIVIDED or TILE > 64:
+            HEIGHT: gl.constexpr = TILE // MATRICES
+            first_part = tile * MATRICES
+            # Apart, so that nobody keeps sums for the other's sake.
+            if end - begin == steps:
+                for i in gl.static_range(MATRICES):
+                    value = collect(accs[i], buffers.index(0), FOLD, ROWS, out_layout)
+                    write_tile(
+                        (value,), biases, outs[0], first_part + i, M, computed_here(columns[0]),
+                        epilogue, ROWS, HEIGHT, ACTIVATION, out_layout,
+                    )  # fmt: skip
+            elif DIVIDED:
+                first, last = sharers_of(tile, tiles, steps)
+                sharers = last - first + 1
+                room_ptr = room_of(begin, MATRICES * HEIGHT * ROWS, workspace_ptr)
+                for i in gl.static_range(MATRICES):
+                    value = collect(accs[i], buffers.index(0), FOLD, ROWS, out_layout)
+                    give(value, room_ptr + i * (HEIGHT * ROWS), out_layout)
+                if is_last_of(sharers, counters_ptr + tile):
+                    for i in gl.static_range(MATRICES):
+                        total = total_of(
+                            i, first, last, workspace_ptr, MATRICES, HEIGHT, ROWS, out_layout
+                        )
+                        write_tile(
+                            (total,), biases, outs[0], first_part + i, M, computed_here(columns[0]),
+                            epilogue, ROWS, HEIGHT, ACTIVATION, out_layout,
+                        )  # fmt: skip
+        elif GATED:
+            values: gl.tuple = ()
+            for i in gl.static_range(2):
+                values += (collect(accs[i], buffers.index(i), FOLD, ROWS, out_layout),)
             write_tile(
                 values, biases, outs[0], tile, M, columns[0], epilogue,
                 ROWS, TILE, ACTIVATION, out_layout,
             )  # fmt: skip
         else:
+            value = collect(accs[0], buffers.index(0), FOLD, ROWS, out_layout)
             first = 0
             for i in gl.static_range(len(outs)):
                 count = gl.cdiv(columns[i], TILE)
                 if tile >= first and tile < first + count:
                     write_tile(
-                        values, None if biases is None else (biases[i],), outs[i], tile - first,
+                        (value,), None if biases is None else (biases[i],), outs[i], tile - first,
                         M, columns[i], epilogue, ROWS, TILE, ACTIVATION, out_layout,
                     )  # fmt: skip
                 first += count
+        left -= end - begin
+        tile += 1 if DIVIDED else gl.num_programs(0)
+        begin = gl.to_tensor(0)

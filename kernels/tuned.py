@@ -35,8 +35,8 @@ KERNELS = Path(__file__).parent
 SOURCES = {
     "gemm": (
         "gemm", "gemm_tma", "gemm_hopper", "hopper_gemm_pipeline", "stream_k", "wide_mma",
-        "ring_linear", "ring_pipeline", "tma_ring", "gemv", "split_k", "epilogue",
-        "dependent_launch", "realign",
+        "ring_linear", "ring_copies", "ring_pipeline", "ring_shares", "tma_ring",
+        "gemv", "split_k", "epilogue", "dependent_launch", "realign",
     ),
     "flash_attention": ("flash_attention", "attention_tiles", "mask_spans", "dependent_launch"),
     "decode_attention": (

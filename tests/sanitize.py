@@ -260,16 +260,36 @@ def ring_linear() -> None:
         return
     from triton_only_backend.kernels.ring_linear import ring_linear
 
-    for rows, fold, gated, normed in itertools.product((1, 2, 7), (4, 2), (False, True), (0, 1)):
+    for rows, tile, gated, normed in itertools.product((1, 2, 7), (16, 32), (False, True), (0, 1)):
         K, columns = 2048, (45, 45) if gated else (45, 7, 72)
         weights = [randn(n, K) for n in columns]
         outs = [randn(rows, n) for n in (columns[:1] if gated else columns)]
         epilogue = Epilogue("silu", residual=randn(rows, 45)) if gated else Epilogue()
         ring_linear(
             randn(rows, K), weights, [randn(n) for n in columns], outs,
-            config=RingConfig(fold, 3), norm=Norm(randn(K), 1e-5, 0.0) if normed else None,
+            config=RingConfig(tile, 3), norm=Norm(randn(K), 1e-5, 0.0) if normed else None,
             gated=gated, epilogue=epilogue, early=bool(normed),
         )  # fmt: skip
+
+
+@problem
+def divided_ring() -> None:
+    """Tiles that several programs share: of each height that is divided, both layouts."""
+    from triton_only_backend.kernels.epilogue import Epilogue
+    from triton_only_backend.kernels.ring_configs import RingConfig
+
+    if not HAS_GLUON:
+        return
+    from triton_only_backend.kernels.ring_linear import ring_linear
+
+    K, N = 1536, 328
+    for (rows, tile), split_k in itertools.product(((3, 32), (5, 64), (40, 64), (40, 128)), (1, 3)):
+        for weight in (randn(N, K), randn(K, N).T)[: 1 + (tile >= 64)]:
+            ring_linear(
+                randn(rows, K), [weight], [randn(N)], [randn(rows, N)],
+                config=RingConfig(tile, 3, 1, split_k), early=tile == 64,
+                epilogue=Epilogue("silu", residual=randn(rows, N)),
+            )  # fmt: skip
 
 
 @problem

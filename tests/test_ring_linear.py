@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -30,12 +31,12 @@ A100 = Hardware("A100", "cuda", "sm80", 108, 166912)
 @pytest.mark.parametrize(
     ("M", "columns", "K", "gated", "normed", "expected"),
     [
-        (2, (4096,), 4096, False, False, RingConfig(4, 5, 2)),
-        (1, (4096, 1024, 1024), 4096, False, True, RingConfig(4, 8)),
-        (2, (14336,), 4096, True, True, RingConfig(4, 12)),
-        (2, (4096,), 14336, False, False, RingConfig(4, 5, 2)),
-        (2, (128256,), 4096, False, True, RingConfig(4, 12)),
-        (8, (14336,), 4096, False, False, RingConfig(2, 10)),
+        (2, (4096,), 4096, False, False, RingConfig(16, 5, 2)),
+        (1, (4096, 1024, 1024), 4096, False, True, RingConfig(16, 8)),
+        (2, (14336,), 4096, True, True, RingConfig(16, 12)),
+        (2, (4096,), 14336, False, False, RingConfig(16, 5, 2)),
+        (2, (128256,), 4096, False, True, RingConfig(16, 12)),
+        (8, (14336,), 4096, False, False, RingConfig(32, 10)),
     ],
 )
 def test_choice(M, columns, K, gated, normed, expected):
@@ -77,32 +78,40 @@ def product(M: int, N: int, K: int, *, batch: int = 1, k_contiguous: bool = True
 
 
 @pytest.mark.parametrize(
-    ("M", "N", "K", "fold", "resident"),
+    ("M", "N", "K", "tile", "resident"),
     [
-        (1, 4096, 4096, 4, 2),
-        (2, 6144, 4096, 4, 1),
-        (2, 14336, 4096, 4, 1),
-        (4, 1024, 4096, 4, 1),
-        (4, 2560, 10240, 4, 1),
-        (4, 4096, 14336, 4, 2),
-        (4, 57344, 8192, 4, 1),
-        (8, 1024, 1024, 4, 1),
-        (8, 4096, 14336, 2, 1),
-        (8, 6144, 4096, 2, 1),
-        (8, 57344, 8192, 2, 1),
-        (4, 3712, 4864, 2, 1),
-        (16, 4096, 14336, 2, 1),
-        (16, 1024, 4096, 4, 1),
-        (32, 4096, 4096, 2, 1),
+        (1, 4096, 4096, 16, 2),
+        (2, 6144, 4096, 16, 1),
+        (2, 14336, 4096, 16, 1),
+        (4, 1024, 4096, 16, 2),
+        (4, 2560, 10240, 16, 1),
+        (4, 4096, 14336, 16, 2),
+        (4, 57344, 8192, 16, 1),
+        (8, 1024, 1024, 32, 2),
+        (8, 1024, 8192, 16, 2),
+        (8, 4096, 14336, 32, 1),
+        (8, 6144, 4096, 32, 1),
+        (8, 57344, 8192, 32, 1),
+        (4, 3712, 4864, 32, 1),
+        (16, 4096, 14336, 32, 1),
+        (2, 2560, 10240, 16, 1),
+        (8, 10240, 8192, 16, 1),
+        (16, 4096, 4096, 32, 1),
+        (16, 1024, 4096, 64, 2),
+        (16, 14336, 4096, 64, 2),
+        (32, 4096, 4096, 64, 1),
+        (32, 10240, 8192, 64, 1),
+        (64, 2560, 10240, 64, 1),
     ],
 )
-def test_plain_products_go_through_it(M, N, K, fold, resident):
+def test_plain_products_go_through_it(M, N, K, tile, resident):
     """As measured on an H200."""
     config = heuristic_config(product(M, N, K), H200)
     assert config.kernel == "ring_linear"
     ring = ring_of(config)
-    assert (ring.fold, ring.resident) == (fold, resident)
-    assert ring_fits(M, K, ring, H200) and ring.stages >= 5
+    assert (ring.tile, ring.resident) == (tile, resident)
+    assert ring_fits(M, K, ring, H200) and ring.stages >= 4
+    assert not ring_fits(M, K, replace(ring, stages=ring.stages + 1), H200) or ring.stages == 12
     assert supports(product(M, N, K), config, H200)
     assert general_config(product(M, N, K), H200).kernel != "ring_linear"
 
@@ -110,13 +119,14 @@ def test_plain_products_go_through_it(M, N, K, fold, resident):
 @pytest.mark.parametrize(
     ("M", "N", "K", "kernel"),
     [
-        (2, 2560, 10240, "gemv"),
-        (1, 128256, 4096, "gemv"),
+        (2, 4096, 4096 + 256, "gemv"),
+        (2, 8, 4096, "gemv"),
+        (2, 256, 16384, "gemv"),
+        (64, 320, 1792, "gemm"),
         (2, 3712, 4864, "gemv"),
-        (16, 57344, 8192, "gemm"),
-        (16, 1024, 1024, "gemm"),
-        (32, 6144, 4096, "gemm_tma"),
-        (32, 1024, 4096, "gemm"),
+        (64, 512, 14336, "gemm_tma"),
+        (64, 10240, 8192, "gemm_tma"),
+        (64, 57344, 8192, "gemm_tma"),
     ],
 )
 def test_plain_products_that_others_do_faster(M, N, K, kernel):
@@ -127,7 +137,6 @@ def test_plain_products_that_others_do_faster(M, N, K, kernel):
     ("problem", "device"),
     [
         (product(4, 6144, 4096), A100),
-        (product(4, 6144, 4096, k_contiguous=False), H200),
         (product(4, 6144, 4096, batch=2), H200),
         (product(2 * RING_PRODUCT_ROWS, 6144, 4096), H200),
         (product(4, 6144, 4096 + 64), H200),
@@ -138,7 +147,38 @@ def test_plain_products_that_others_do_faster(M, N, K, kernel):
 )
 def test_products_that_it_does_not_compute(problem, device):
     assert heuristic_config(problem, device).kernel != "ring_linear"
-    assert not supports(problem, with_ring(4, RingConfig(4, 5)), device)
+    assert not supports(problem, with_ring(4, RingConfig(16, 5)), device)
+
+
+@pytest.mark.parametrize(
+    ("M", "N", "K", "k_contiguous", "split_k"),
+    [
+        (64, 4096, 4096, True, 2),
+        (32, 2560, 10240, True, 3),
+        (64, 1024, 1024, False, 1),  # parts of so few steps are not worth it
+        (64, 512, 14336, True, None),  # 24 parts of as much as a multiprocessor takes long to read
+        (32, 1024, 4096, True, 3),
+        (64, 6144, 4096, True, 1),
+        (32, 10240, 8192, True, 2),  # a second wave of 28 tiles
+        (8, 4096, 4096, False, 2),
+        (1, 2560, 10240, False, 3),
+    ],
+)
+def test_tiles_that_are_divided(M, N, K, k_contiguous, split_k):
+    problem = product(M, N, K, k_contiguous=k_contiguous)
+    config = heuristic_config(problem, H200)
+    if split_k is None:
+        assert config.kernel != "ring_linear"
+    else:
+        assert (config.kernel, config.block_n, config.split_k) == ("ring_linear", 64, split_k)
+        assert supports(problem, config, H200)
+
+
+@pytest.mark.parametrize("tile", [16, 32, 64, 128])
+def test_runs_lie_above_one_another_only_of_weights_along_k(tile):
+    config = with_ring(4, RingConfig(tile, 3))
+    assert supports(product(4, 4096, 4096), config, H200)
+    assert supports(product(4, 4096, 4096, k_contiguous=False), config, H200) == (tile >= 64)
 
 
 def test_what_a_product_must_be_beside():
@@ -161,22 +201,66 @@ def test_what_a_product_must_be_beside():
 @pytest.mark.parametrize("M", [1, 3, 8, 13, 16, 25, 32])
 @pytest.mark.parametrize(("N", "K"), [(4096, 4096), (1000, 1024), (2117, 1536)])
 def test_products_against_fp64(M, N, K, dtype):
+    for tile, resident in itertools.product((16, 32), (1, 2)):
+        ring = RingConfig(tile, 3 if M <= 16 or resident == 1 else 2, resident)
+        if ring_fits(M, K, ring, H200):
+            is_accurate(M, N, K, dtype, ring)
+
+
+@hopper
+@pytest.mark.parametrize(("tile", "stages"), [(64, 7), (64, 3), (128, 9), (32, 4)])
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("M", [1, 5, 16, 32, 64])
+@pytest.mark.parametrize(("N", "K"), [(4096, 4096), (1000, 1024), (2117, 1792)])
+def test_parts_of_products_against_fp64(M, N, K, dtype, tile, stages):
+    for split_k in (1, 2, 3, 6):
+        ring = RingConfig(tile, stages, 2 if stages < 5 else 1, split_k)
+        if ring_fits(M, K, ring, H200):
+            is_accurate(M, N, K, dtype, ring)
+            if tile >= 64 and N % 8 == 0:
+                is_accurate(M, N, K, dtype, ring, k_contiguous=False)
+
+
+def is_accurate(M, N, K, dtype, ring, *, k_contiguous=True):
     torch.manual_seed(M * K)
     a, weight, bias = (torch.randn(s, device="cuda").to(dtype) for s in ((M, K), (N, K), (N,)))
-    for fold, resident in itertools.product((2, 4), (1, 2)):
-        config = with_ring(M, RingConfig(fold, 3 if M <= 16 or resident == 1 else 2, resident))
-        if not ring_fits(M, K, ring_of(config), H200):
-            continue
-        with tuned.forcing("gemm", config):
-            out = ours.addmm(bias, a, weight.T)
-            assert torch.equal(out, ours.addmm(bias, a, weight.T))
-            other = ours.addmm(bias, a, weight.T, alpha=0.5)  # not through the ring
-        for actual, alpha in ((out, 1.0), (other, 0.5)):
-            exact = alpha * (a.double() @ weight.T.double()) + bias.double()
-            vendor = torch.addmm(bias, a, weight.T, alpha=alpha)
-            error, theirs = ((t.double() - exact).norm().item() for t in (actual, vendor))
-            rounding = torch.finfo(dtype).eps / 2 * exact.norm().item()
-            assert error <= 1.5 * max(theirs, rounding)
+    if not k_contiguous:
+        weight = weight.T.contiguous().T
+    with tuned.forcing("gemm", with_ring(M, ring)):
+        out = ours.addmm(bias, a, weight.T)
+        assert torch.equal(out, ours.addmm(bias, a, weight.T))
+        other = ours.addmm(bias, a, weight.T, alpha=0.5)  # not through the ring
+    for actual, alpha in ((out, 1.0), (other, 0.5)):
+        exact = alpha * (a.double() @ weight.T.double()) + bias.double()
+        vendor = torch.addmm(bias, a, weight.T, alpha=alpha)
+        error, theirs = ((t.double() - exact).norm().item() for t in (actual, vendor))
+        rounding = torch.finfo(dtype).eps / 2 * exact.norm().item()
+        assert error <= 1.5 * max(theirs, rounding)
+
+
+@hopper
+def test_parts_replay_in_a_graph_and_leave_the_counters_zero():
+    torch.manual_seed(0)
+    layers = [torch.randn(2560, 2560, device="cuda").bfloat16() / 50 for _ in range(24)]
+    x = torch.randn(33, 2560, device="cuda").bfloat16()
+    with tuned.forcing("gemm", with_ring(64, RingConfig(64, 3, 2, 3))):
+
+        def run(ready):
+            y = x
+            for weight in layers:
+                y = ours.mm(y, weight.T, weights_ready=ready)
+            return y
+
+        right = run(False)
+        assert torch.equal(run(True), right)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = run(True)
+        for _ in range(50):
+            out.fill_(float("nan"))
+            graph.replay()
+            torch.cuda.synchronize()
+            assert torch.equal(out, right)
 
 
 def reference(x, weights, biases, norm, gated, activation, multiplier, residual, dtype):

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from triton_only_backend.kernels.gemm_configs import GemmConfig, GemmProblem, shares
 from triton_only_backend.kernels.hopper_rates import division_us
 from triton_only_backend.kernels.realign_choice import realign_us
+from triton_only_backend.kernels.sizes import fullness_of_waves
 
 if TYPE_CHECKING:
     from triton_only_backend.kernels.hardware import Hardware
@@ -62,7 +63,7 @@ def cost_us(problem: GemmProblem, config: GemmConfig, hardware: Hardware) -> flo
     if config.kernel == "gemm_hopper":
         share = shares(seen.batch, seen.M, seen.N, seen.K, config, hardware.num_sms)
         extra = division_us(share, _tiles(seen, config), config)
-    elif config.split_k > 1:
+    elif config.split_k > 1 and config.kernel != "ring_linear":
         extra = 2.5 + 8 * config.split_k * problem.batch * problem.M * problem.N / rates.memory
     if config.kernel == "gemv":
         blocks = problem.batch * math.ceil(seen.N / config.block_n) * config.split_k
@@ -70,7 +71,13 @@ def cost_us(problem: GemmProblem, config: GemmConfig, hardware: Hardware) -> flo
         return 2.0 + read * idle + extra
     if config.kernel == "ring_linear":
         tiles = math.ceil(problem.N / config.block_n)
-        return 2.0 + read * max(1.0, hardware.num_sms / tiles)
+        if config.split_k > 1:
+            busy = min(1.0, tiles * config.split_k / hardware.num_sms)
+        else:
+            resident = config.resident if tiles > hardware.num_sms else 1
+            busy = fullness_of_waves(tiles, hardware.num_sms * resident)
+        # A multiprocessor can read a little more than its share of what memory gives.
+        return 2.0 + read * max(1.0, 0.8 / busy) + (0.0 if config.split_k == 1 else 1.0)
     size = problem.element_size
     stage = (config.block_m + config.block_n) * config.block_k * size
     resident = _resident(config, stage, hardware)

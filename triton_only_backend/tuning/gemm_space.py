@@ -107,15 +107,21 @@ def _gemv(problem: GemmProblem) -> Iterator[GemmConfig]:
 
 
 def _rings(problem: GemmProblem, hardware: Hardware) -> Iterator[GemmConfig]:
-    """Every fold, with the deepest rings of one and of two programs a multiprocessor."""
+    """Every tile and split, with the deepest rings of one and of two programs a multiprocessor."""
     if problem.M > RING_PRODUCT_ROWS:
         return
-    for fold, resident in itertools.product((2, 4), (1, 2)):
-        for stages in range(12, 2, -1):
-            ring = RingConfig(fold, stages, resident)
-            if ring_fits(problem.M, problem.K, ring, hardware):
-                yield with_ring(problem.M, ring)
+    for tile, resident in itertools.product((16, 32, 64, 128), (1, 2)):
+        tiles, room = math.ceil(problem.N / tile), hardware.num_sms * resident
+        # Two divide the last wave's tiles; more do where there are programs for them.
+        for split_k in (1, *(n for n in (2, 3, 4, 6) if n == 2 or tiles * (n - 1) < room)):
+            few = split_k * RingConfig(tile, 0).step * 4 > problem.K
+            if split_k > 1 and (few or tiles % room == 0):
                 break
+            for stages in range(12, 2, -1):
+                ring = RingConfig(tile, stages, resident, split_k)
+                if ring_fits(problem.M, problem.K, ring, hardware):
+                    yield with_ring(problem.M, ring)
+                    break
 
 
 def _tiles(problem: GemmProblem, hardware: Hardware) -> Iterator[GemmConfig]:
