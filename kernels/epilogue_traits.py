@@ -103,7 +103,9 @@ def with_staging(
     halves = config.store_halves
     if traits.operand_size > 0:
         halves = flattened and config.block_n >= 128
-    staging = config.block_m * config.block_n * traits.out_size // (1 + halves)
+    # Rows that are not aligned are written through pointers, and whole.
+    staging = config.block_m * config.block_n * traits.out_size
+    staging //= 1 + (halves and traits.out_aligned)
     staging += OPERAND_BYTES if traits.operand_size > 0 and flattened else 0
     room = hardware.shared_memory // config.resident - staging - 1024
     stages = max(1, min(config.num_stages, room // stage))
