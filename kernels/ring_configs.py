@@ -41,10 +41,12 @@ class RingConfig:
         """How much of K a step is: boxes of 64 rows two side by side, or above one another."""
         return 64 if self.tile > 64 else 128 * self.fold
 
-    @property
-    def registers(self) -> int:
-        """Of a thread, on average: those that multiply have more, the warp that copies less."""
-        return 168 if self.tile > 64 and self.resident == 1 else 128
+    def registers(self, M: int) -> int:
+        """Of a thread, on average: those that multiply have more, the warp that copies less.
+
+        64 rows of 64 of a weight spill 8 bytes with a residual in 128, and 256 with all else too.
+        """
+        return 168 if self.tile * self.rows(M) >= 4096 and self.resident == 1 else 128
 
     def rows(self, M: int) -> int:
         """The input's rows as the kernel pads them: wgmma's B has at least 8 columns."""

@@ -206,5 +206,5 @@ def ring_linear(
         epilogue.arguments, workspace, counters,
         ROWS=rows, TILE=config.tile, STAGES=config.stages, CHUNK=NORM_CHUNK, GATED=gated,
         K_MAJOR=k_major, ACTIVATION=epilogue.activation, DIVIDED=counters is not None, EARLY=early,
-        num_warps=4, maxnreg=config.registers, **launch_options(device),
+        num_warps=4, maxnreg=config.registers(M), **launch_options(device),
     )  # fmt: skip

@@ -84,10 +84,10 @@ def collect(acc, buffer, FOLD: gl.constexpr, ROWS: gl.constexpr, layout: gl.cons
 
 @gluon.jit
 def write_tile(
-    values, biases, out_ptr, tile, M, N, epilogue,
+    values, biases, out_ptr, first_row, tile, M, N, epilogue,
     ROWS: gl.constexpr, TILE: gl.constexpr, ACTIVATION: gl.constexpr, layout: gl.constexpr,
 ):  # fmt: skip
-    offs_m = gl.arange(0, ROWS, gl.SliceLayout(0, layout))
+    offs_m = first_row + gl.arange(0, ROWS, gl.SliceLayout(0, layout))
     offs_n = tile * TILE + gl.arange(0, TILE, gl.SliceLayout(1, layout))
     mask_n = offs_n < N
     mask = mask_n[:, None] & (offs_m < M)[None, :]
@@ -189,7 +189,7 @@ def multiply(
                 for i in gl.static_range(MATRICES):
                     value = collect(accs[i], buffers.index(0), FOLD, ROWS, out_layout)
                     write_tile(
-                        (value,), biases, outs[0], first_part + i, M, computed_here(columns[0]),
+                        (value,), biases, outs[0], computed_here(0), first_part + i, M, columns[0],
                         epilogue, ROWS, HEIGHT, ACTIVATION, out_layout,
                     )  # fmt: skip
             elif DIVIDED:
@@ -205,15 +205,15 @@ def multiply(
                             i, first, last, workspace_ptr, MATRICES, HEIGHT, ROWS, out_layout
                         )
                         write_tile(
-                            (total,), biases, outs[0], first_part + i, M, computed_here(columns[0]),
-                            epilogue, ROWS, HEIGHT, ACTIVATION, out_layout,
+                            (total,), biases, outs[0], computed_here(0), first_part + i, M,
+                            columns[0], epilogue, ROWS, HEIGHT, ACTIVATION, out_layout,
                         )  # fmt: skip
         elif GATED:
             values: gl.tuple = ()
             for i in gl.static_range(2):
                 values += (collect(accs[i], buffers.index(i), FOLD, ROWS, out_layout),)
             write_tile(
-                values, biases, outs[0], tile, M, columns[0], epilogue,
+                values, biases, outs[0], 0, tile, M, columns[0], epilogue,
                 ROWS, TILE, ACTIVATION, out_layout,
             )  # fmt: skip
         else:
@@ -223,8 +223,8 @@ def multiply(
                 count = gl.cdiv(columns[i], TILE)
                 if tile >= first and tile < first + count:
                     write_tile(
-                        (value,), None if biases is None else (biases[i],), outs[i], tile - first,
-                        M, columns[i], epilogue, ROWS, TILE, ACTIVATION, out_layout,
+                        (value,), None if biases is None else (biases[i],), outs[i], 0,
+                        tile - first, M, columns[i], epilogue, ROWS, TILE, ACTIVATION, out_layout,
                     )  # fmt: skip
                 first += count
         left -= end - begin
