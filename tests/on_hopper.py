@@ -38,6 +38,29 @@ def unknown_gluon() -> Iterator[None]:
                 cached.cache_clear()
 
 
+def check_replays(
+    chain: Callable[[bool], torch.Tensor],
+    right: torch.Tensor,
+    poison: Callable[[], object] = lambda: None,
+) -> None:
+    """Whether a chain of kernels that read weights early gives `right`, launched and replayed.
+
+    Args:
+        chain: launches them, early or not, and returns the last one's result.
+        poison: what else than the result to spoil before each replay.
+    """
+    assert torch.equal(chain(True), right)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = chain(True)
+    for _ in range(50):
+        out.fill_(float("nan"))
+        poison()
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(out, right)
+
+
 def random_heads(
     batch: int, heads: int, length: int, dim: int, dtype: torch.dtype, order: str
 ) -> torch.Tensor:

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from cross_compile import rows_of
-from on_hopper import unknown_gluon
+from on_hopper import check_replays, unknown_gluon
 from test_gemm import assert_as_accurate
 
 from triton_only_backend.kernels.epilogue_traits import EpilogueTraits, with_registers
@@ -451,19 +451,13 @@ def test_read_early_behind_what_makes_the_rows(config, hopper, device):
     weights = [torch.randn(1024, 1024, **like) / 32 for _ in range(8)]
     start = torch.randn(256, 1024, **like)
 
-    def chain(*, early):
+    def chain(early):
         x = start
         for weight in weights:
             x = product(x, weight.T, torch.empty_like(x), config, hopper, early=early)
         return x
 
-    expected = chain(early=False)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = chain(early=True)
-    for _ in range(50):
-        graph.replay()
-        assert torch.equal(result, expected)
+    check_replays(chain, chain(False))
 
 
 @pytest.mark.gpu

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from on_hopper import hopper
+from on_hopper import check_replays, hopper
 
 import triton_only_backend  # noqa: F401
 from triton_only_backend.kernels import tuned
@@ -251,16 +251,7 @@ def test_parts_replay_in_a_graph_and_leave_the_counters_zero():
                 y = ours.mm(y, weight.T, weights_ready=ready)
             return y
 
-        right = run(False)
-        assert torch.equal(run(True), right)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            out = run(True)
-        for _ in range(50):
-            out.fill_(float("nan"))
-            graph.replay()
-            torch.cuda.synchronize()
-            assert torch.equal(out, right)
+        check_replays(run, run(False))
 
 
 def reference(x, weights, biases, norm, gated, activation, multiplier, residual, dtype):
@@ -352,13 +343,4 @@ def test_a_chain_that_reads_ahead_of_its_producers():
             (y,) = ours.linear_fused(y, [weight], [], residual=x, weights_ready=ready)
         return y
 
-    right = run(False)
-    assert torch.equal(run(True), right)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = run(True)
-    for _ in range(50):
-        out.fill_(float("nan"))
-        graph.replay()
-        torch.cuda.synchronize()
-        assert torch.equal(out, right)
+    check_replays(run, run(False))
