@@ -79,7 +79,7 @@ class GemmConfig:
             that multiply), "ring_linear" (few rows, the weight through a ring; see `ring_of`) or
             "gemv" (multiply and reduce, M ≤ 2).
         split_k: parts of K that are summed apart; of a tile of `gemm_hopper` two programs each
-            compute one half, and exchange their sums.
+            compute one half, and exchange their sums; of `ring_linear` see `RingConfig`.
         swap_operands: compute outᵀ = bᵀ @ aᵀ; block_m and block_n then refer to outᵀ.
         reduce_block: elements a program of the split-K reduction sums.
         resident: blocks of the persistent kernel that share a multiprocessor.

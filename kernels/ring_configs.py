@@ -119,7 +119,7 @@ def select_product_ring(
     config = _folded(M, N, K, sms) if k_contiguous else None
     if config is None and not (k_contiguous and M <= 2):
         config = _unfolded(M, N, K, sms)
-    return None if config is None else _deepest(M, K, config, hardware)
+    return None if config is None else deepest_ring(M, K, config, hardware)
 
 
 def _folded(M: int, N: int, K: int, sms: int) -> RingConfig | None:
@@ -177,8 +177,8 @@ def _unfolded(M: int, N: int, K: int, sms: int) -> RingConfig | None:
     return RingConfig(64, 0, 2 if M <= 16 and shared else 1, split_k)
 
 
-def _deepest(M: int, K: int, config: RingConfig, hardware: Hardware) -> RingConfig | None:
-    """The configuration with as many stages as fit."""
+def deepest_ring(M: int, K: int, config: RingConfig, hardware: Hardware) -> RingConfig | None:
+    """The configuration with as many stages as fit; None where not even three do."""
     for stages in range(12, 2, -1):
         if ring_fits(M, K, replace(config, stages=stages), hardware):
             return replace(config, stages=stages)

@@ -24,14 +24,9 @@ def runs_of(TILE):
 
 @gluon.constexpr_function
 def matrices_of(TILE, GATED):
-    """How many A's of wgmma a step has at the same K: of two weights, or of 64 rows each."""
-    return 2 if GATED else max(1, TILE // 64)
-
-
-@gluon.constexpr_function
-def boxes_of(TILE, GATED):
-    """How many a step has side by side along K."""
-    return 2 if matrices_of(TILE, GATED) == 1 else 1
+    """Of the two A's of wgmma that a step has, how many are at the same K: of two weights, or of 64
+    rows each; else they are neighbours along K."""
+    return 2 if GATED or TILE == 128 else 1
 
 
 @gluon.jit
@@ -39,20 +34,19 @@ def copy_weights(
     weight_descs, columns, tile, step, ring, slot, arrived,
     TILE: gl.constexpr, GATED: gl.constexpr, K_MAJOR: gl.constexpr,
 ):  # fmt: skip
-    """Asks for a tile's boxes at a step: one of each weight, or neighbours along N or K."""
+    """Asks for a tile's two boxes at a step: one of each weight, or neighbours along N or K."""
     FOLD: gl.constexpr = runs_of(TILE)
-    BOXES: gl.constexpr = boxes_of(TILE, GATED)
-    COUNT: gl.constexpr = matrices_of(TILE, GATED) * BOXES
+    BOXES: gl.constexpr = 2 // matrices_of(TILE, GATED)
     if GATED:
         for i in gl.static_range(2):
             load_tile(
                 weight_descs[i], [step * FOLD, tile * TILE, 0], arrived, ring.index(slot * 2 + i)
             )
     elif TILE > 64 or not K_MAJOR:
-        for i in gl.static_range(COUNT):
+        for i in gl.static_range(2):
             run = step * BOXES + i % BOXES
             row = tile * TILE + i // BOXES * 64
-            buffer = ring.index(slot * COUNT + i)
+            buffer = ring.index(slot * 2 + i)
             if K_MAJOR:
                 load_tile(weight_descs[0], [run, row, 0], arrived, buffer)
             else:
@@ -86,7 +80,7 @@ def copy(
 ):  # fmt: skip
     """The copying warp. HAS_X: x comes with the weights; else the consumers have all of it."""
     FOLD: gl.constexpr = runs_of(TILE)
-    BOXES: gl.constexpr = boxes_of(TILE, GATED)
+    BOXES: gl.constexpr = 2 // matrices_of(TILE, GATED)
     start_tile, start, total = share_of(tiles, steps, DIVIDED)
     filled = gl.minimum(total, STAGES)
     if not EARLY:

@@ -46,7 +46,7 @@ from triton_only_backend.kernels import hardware
 from triton_only_backend.kernels.arrival import arrival_counters
 from triton_only_backend.kernels.dependent_launch import launch_options
 from triton_only_backend.kernels.epilogue import NO_EPILOGUE, Epilogue
-from triton_only_backend.kernels.ring_copies import RUN, boxes_of, copy, matrices_of, runs_of
+from triton_only_backend.kernels.ring_copies import RUN, copy, matrices_of, runs_of
 from triton_only_backend.kernels.ring_pipeline import multiply
 from triton_only_backend.kernels.tma_ring import seen_as
 
@@ -77,8 +77,7 @@ def ring_linear_kernel(
     EARLY: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     FOLD: gl.constexpr = runs_of(TILE)
-    BOXES: gl.constexpr = boxes_of(TILE, GATED)
-    COUNT: gl.constexpr = matrices_of(TILE, GATED) * BOXES
+    BOXES: gl.constexpr = 2 // matrices_of(TILE, GATED)
     dtype: gl.constexpr = weight0_desc.dtype
     flat: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
     boxed: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=3)
@@ -88,13 +87,13 @@ def ring_linear_kernel(
     if weight2_desc is not None:
         weight_descs += (weight2_desc,)
 
-    ring = gl.allocate_shared_memory(dtype, [STAGES * COUNT, 64, RUN], flat)
-    ring_boxes = seen_as(ring, dtype, [STAGES * COUNT, FOLD, 64 // FOLD, RUN], boxed)
+    ring = gl.allocate_shared_memory(dtype, [STAGES * 2, 64, RUN], flat)
+    ring_boxes = seen_as(ring, dtype, [STAGES * 2, FOLD, 64 // FOLD, RUN], boxed)
     X_BOXES: gl.constexpr = STAGES * BOXES if norm_ptr is None else K // RUN // FOLD
     x_ring = gl.allocate_shared_memory(dtype, [X_BOXES, FOLD * ROWS, RUN], flat)
     x_boxes = seen_as(x_ring, dtype, [X_BOXES, FOLD, ROWS, RUN], boxed)
     X_BYTES: gl.constexpr = bytes_of([BOXES, FOLD, ROWS, RUN], dtype)
-    BYTES: gl.constexpr = bytes_of([COUNT, 64, RUN], dtype) + (X_BYTES if norm_ptr is None else 0)
+    BYTES: gl.constexpr = bytes_of([2, 64, RUN], dtype) + (X_BYTES if norm_ptr is None else 0)
     # Of one run nothing is thrown away, and the sums go another way.
     SUMS: gl.constexpr = [2 if GATED else 1, 64 if FOLD > 1 else 1, FOLD * ROWS]
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])

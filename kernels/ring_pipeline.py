@@ -16,7 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from triton_only_backend.kernels.dependent_launch import release_dependents, wait_for_producers
 from triton_only_backend.kernels.epilogue import activate, apply_epilogue
-from triton_only_backend.kernels.ring_copies import RUN, boxes_of, matrices_of, runs_of
+from triton_only_backend.kernels.ring_copies import RUN, matrices_of, runs_of
 from triton_only_backend.kernels.ring_shares import (
     give,
     is_last_of,
@@ -128,7 +128,7 @@ def multiply(
     """The multiplying warps."""
     FOLD: gl.constexpr = runs_of(TILE)
     MATRICES: gl.constexpr = matrices_of(TILE, GATED)
-    BOXES: gl.constexpr = boxes_of(TILE, GATED)
+    BOXES: gl.constexpr = 2 // MATRICES
     # Two products of a step each: with few rows they take so little time that a slot which is free
     # at once is worth more.
     OVERLAP: gl.constexpr = ROWS >= 32
@@ -160,14 +160,14 @@ def multiply(
                 acc = accs[i]
                 for j in gl.static_range(BOXES):
                     x = x_ring.index((slot if norm_ptr is None else step) * BOXES + j)
-                    weight = ring.index(slot * (MATRICES * BOXES) + i * BOXES + j)
+                    weight = ring.index(slot * 2 + i * BOXES + j)
                     if not K_MAJOR:
                         weight = weight.permute((1, 0))
                     acc = warpgroup_mma(weight, x.permute((1, 0)), acc, is_async=True)
                 running += (acc,)
             accs = ()
             for i in gl.static_range(MATRICES):
-                accs += (warpgroup_mma_wait(MATRICES * BOXES if OVERLAP else 0, deps=[running[i]]),)
+                accs += (warpgroup_mma_wait(2 if OVERLAP else 0, deps=[running[i]]),)
             if OVERLAP:
                 # The step before has been multiplied.
                 mbarrier.arrive(empty.index(slot_before(slot, STAGES)), pred=step > begin)

@@ -7,10 +7,12 @@ each has an equal run of all steps, tile after tile, which begins and ends in th
     steps       |──────────────|──────────────|──────────────|
     tiles       |         |         |         |         |    …
 
-All programs then end at the same time, however many tiles there are. Those that share a tile write
-their sums to a workspace, where a program has room for two, of the tile that it ends and of the one
-that it begins; who finds all others done adds them in the order of K, the same bits in each run.
-Nobody waits for anybody.
+All programs then end at the same time, however many tiles there are. Runs that are a step longer
+lie between the others, not all in front as in `stream_k`: of n programs for each tile each has an
+n-th of one so, though n does not divide its steps. Those that share a tile write their sums to a
+workspace, where a program has room for two, of the tile that it ends and of the one that it begins;
+who finds all others done adds them in the order of K, the same bits in each run. Nobody waits for
+anybody.
 
 Reference: Stream-K (arXiv 2301.03598), with the reduction of split-K.
 """

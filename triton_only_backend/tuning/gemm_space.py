@@ -18,7 +18,7 @@ from triton_only_backend.kernels.gemm_configs import (
     supports,
     with_ring,
 )
-from triton_only_backend.kernels.ring_configs import RING_PRODUCT_ROWS, RingConfig, ring_fits
+from triton_only_backend.kernels.ring_configs import RING_PRODUCT_ROWS, RingConfig, deepest_ring
 from triton_only_backend.kernels.sizes import next_power_of_2
 from triton_only_backend.tuning.gemm_cost import cost_us
 
@@ -117,11 +117,10 @@ def _rings(problem: GemmProblem, hardware: Hardware) -> Iterator[GemmConfig]:
             few = split_k * RingConfig(tile, 0).step * 4 > problem.K
             if split_k > 1 and (few or tiles % room == 0):
                 break
-            for stages in range(12, 2, -1):
-                ring = RingConfig(tile, stages, resident, split_k)
-                if ring_fits(problem.M, problem.K, ring, hardware):
-                    yield with_ring(problem.M, ring)
-                    break
+            ring = RingConfig(tile, 0, resident, split_k)
+            deepest = deepest_ring(problem.M, problem.K, ring, hardware)
+            if deepest is not None:
+                yield with_ring(problem.M, deepest)
 
 
 def _tiles(problem: GemmProblem, hardware: Hardware) -> Iterator[GemmConfig]:
