@@ -162,6 +162,15 @@ def test_a_name_bound_twice_means_both():
     assert violations(body) == ["aten.mm.default"]
 
 
+def test_a_functions_names_are_its_own():
+    # the graph's partitions are functions one after the other, with names in common
+    code = "".join(
+        f"def partition_{i}(x):\n    op = {op}\n    return op(x, x)\n"
+        for i, op in enumerate(["triton.next_power_of_2", "torch.ops.aten.mm", "aten.bmm"])
+    )
+    assert [call.op for call in audit_source(code)] == ["aten.mm", "aten.bmm"]
+
+
 def test_an_op_that_is_named_at_run_time_is_unknown():
     (call,) = audit_body("c = getattr(torch.ops.aten, name)(a, b)")
     assert call.provider is Provider.UNKNOWN

@@ -150,7 +150,7 @@ class CodeCalls:
         elif path.startswith("extern_kernels."):
             op = _EXTERN_OPS.get(parts[1], f"aten.{parts[1]}")
             self.add_op(path, op, "extern", node)
-        elif path in _RUN_CODE or any(_is_cpp_cache(part) for part in parts):
+        elif path in _RUN_CODE or _names_cpp_cache(path):
             self._add_opaque(path, node)
         elif parts[0] == "torch":
             self._use_torch_function(path, node, role)
@@ -205,5 +205,7 @@ class CodeCalls:
             self._kernels[kernel.key] = kernel
 
 
-def _is_cpp_cache(name: str) -> bool:
-    return name.startswith("Cpp") and name.endswith("CodeCache")
+def _names_cpp_cache(path: str) -> bool:
+    return "CodeCache" in path and any(
+        name.startswith("Cpp") and name.endswith("CodeCache") for name in path.split(".")
+    )

@@ -11,7 +11,7 @@ import ast
 
 from triton_only_backend.audit.code_calls import CodeCall as CodeCall
 from triton_only_backend.audit.code_calls import CodeCalls, opaque
-from triton_only_backend.audit.references import Resolver, Scope, origins, scope_of
+from triton_only_backend.audit.references import Resolver, Scope, children, origins, scope_of
 
 # Functions of the output code that only run when someone benchmarks it.
 _NOT_RUN = frozenset({"get_args", "benchmark_compiled_module"})
@@ -48,8 +48,6 @@ class _Reader:
         elif isinstance(node, ast.Constant):
             if node.end_lineno != node.lineno:
                 self._calls.forget_comments(node)
-        elif isinstance(node, (ast.expr_context, ast.operator)):
-            return
         elif isinstance(node, ast.Call):
             self._visit_call(node, scope, role)
         elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)):
@@ -68,7 +66,7 @@ class _Reader:
             walrus = role if isinstance(node, ast.NamedExpr) else "alias"
             self.visit(node.value, scope, walrus if named else "value")
         elif isinstance(node, (ast.IfExp, ast.BoolOp)):
-            for child in ast.iter_child_nodes(node):
+            for child in children(node):
                 self.visit(child, scope, "value" if child is getattr(node, "test", None) else role)
         elif isinstance(node, ast.Subscript):
             self.visit(node.value, scope, role)  # kernel[grid](…)
@@ -79,8 +77,9 @@ class _Reader:
             self._visit_children(node, scope)
 
     def _visit_children(self, node: ast.AST, scope: Scope) -> None:
-        for child in ast.iter_child_nodes(node):
-            self.visit(child, scope)
+        for child in children(node):
+            if not isinstance(child, ast.Constant) or child.end_lineno != child.lineno:
+                self.visit(child, scope)
 
     def _visit_definition(
         self, node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Lambda, scope: Scope
@@ -90,7 +89,7 @@ class _Reader:
             return
         inner = scope_of(node, scope)
         body: list[ast.AST] = [*node.body] if isinstance(node.body, list) else [node.body]
-        for child in ast.iter_child_nodes(node):
+        for child in children(node):
             self.visit(child, inner if child in body else scope)
 
     def _visit_call(self, node: ast.Call, scope: Scope, role: str) -> None:

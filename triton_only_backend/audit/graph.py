@@ -7,6 +7,7 @@ and the source line.
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -199,9 +200,10 @@ def tensors_in(value: object) -> Iterator[torch.Tensor]:
 
 def dtypes_of(tensors: Iterable[torch.Tensor]) -> tuple[str, ...]:
     """Their distinct dtypes: "bf16", "i64"."""
-    return tuple(dict.fromkeys(_dtype_text(tensor.dtype) for tensor in tensors))
+    return tuple(dict.fromkeys([_dtype_text(tensor.dtype) for tensor in tensors]))
 
 
+@functools.cache
 def _dtype_text(dtype: torch.dtype) -> str:
     """bfloat16 -> bf16, float8_e4m3fn -> f8e4m3fn, int64 -> i64, bool stays."""
     name = str(dtype).removeprefix("torch.")
@@ -213,7 +215,7 @@ def _dtype_text(dtype: torch.dtype) -> str:
 
 def tensor_text(tensor: torch.Tensor) -> str:
     """`bf16[2, 4096]`."""
-    return f"{_dtype_text(tensor.dtype)}[{', '.join(str(size) for size in tensor.shape)}]"
+    return f"{_dtype_text(tensor.dtype)}[{', '.join(map(str, tensor.shape))}]"
 
 
 def module_path(node: Node) -> str:
@@ -227,6 +229,7 @@ def module_path(node: Node) -> str:
     return clean_module_path(str(path))
 
 
+@functools.lru_cache(maxsize=4096)
 def clean_module_path(path: str) -> str:
     """`L['self'].layers.0`, `L['self']._modules['layers']._modules['0']` -> `layers.0`."""
     path = re.sub(r"^L\[(['\"])\w+\1\]", "", path)
