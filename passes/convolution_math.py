@@ -6,12 +6,13 @@ with t a place of the output, i of the kernel, s the stride, d the dilation and 
 functions do for the convolution, for the transposed one and for the gradients of both:
 
     forward(x, w)            y: the windows of x, as rows, times w
-    of_input(g, w, size)     x's gradient: rows of g times w, laid back to where they were read
+    of_input(g, w, x)        x's gradient: rows of g times w, laid back to where they were read
     of_weight(g, x)          w's gradient: rows of gᵀ times the windows of x
 
-The transposed convolution of x is `of_input`, its input's gradient `forward`, its weight's
-`of_weight` with the arguments exchanged. A depthwise convolution (each channel by itself) has no
-product: it is a sum over the kernel's places of a slice of x times a number a channel, in fp32.
+The transposed convolution of x is `transposed`, which works as `of_input`, its input's gradient
+`forward`, its weight's `of_weight` with the arguments exchanged. A depthwise convolution (each
+channel by itself) has no product: it is a sum over the kernel's places of a slice of x times a
+number a channel, in fp32.
 
 All are functions of (batch, channels, *sizes) tensors, to be traced into a graph.
 """
@@ -76,14 +77,34 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, *, window: Window) -
     return (y.view(x.shape[0], *places, weight.shape[0]).movedim(-1, 1),)
 
 
-def of_input(
-    grad: Tensor, weight: Tensor, bias: Tensor | None, *, window: Window, shape: Sequence[int]
-) -> tuple[Tensor]:
-    """The gradient of a forward's input, its shape (C, *sizes), from its output's (N, O, *places).
+def of_input(grad: Tensor, weight: Tensor, x: Tensor, *, window: Window) -> tuple[Tensor]:
+    """The gradient of a forward's input x (N, C, *sizes) from its output's (N, O, *places)."""
+    return (_laid_back(grad, weight, None, window, x.shape[1], x.shape[2:]),)
 
-    A bias (C,) is that of a transposed convolution.
+
+def transposed(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, window: Window, more: Sequence[int]
+) -> tuple[Tensor]:
+    """(N, O, *places) and (O, C, *kernel), or (C, 1, *kernel), to (N, C, *sizes).
+
+    `more` is the output's padding: places at the end that no window may read.
     """
-    channels, *sizes = shape
+    sizes = [
+        (places - 1) * s - 2 * p + d * (k - 1) + 1 + o
+        for places, k, s, p, d, o in zip(x.shape[2:], *window[:4], more, strict=True)
+    ]
+    channels = x.shape[1] if window.depthwise else weight.shape[1]
+    return (_laid_back(x, weight, bias, window, channels, sizes),)
+
+
+def _laid_back(
+    grad: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    window: Window,
+    channels: int,
+    sizes: Sequence[int],
+) -> Tensor:
     dims = len(sizes)
     padded = [size + 2 * p for size, p in zip(sizes, window.padding, strict=True)]
     if window.depthwise:
@@ -96,14 +117,14 @@ def of_input(
         folded = parts.view(*rows.shape[:-1], weight.shape[1], *window.kernel).movedim(dims + 1, 1)
         if not window.overlaps:
             x = _side_by_side(folded, window, padded)
-            return (_finish(x, sizes, window, grad.dtype, bias),)
+            return _finish(x, sizes, window, grad.dtype, bias)
         taps = (part.float() for part in folded.flatten(dims + 2).unbind(-1))
     x = grad.new_zeros((), dtype=torch.float32)
     for place, tap in zip(itertools.product(*map(range, window.kernel)), taps, strict=True):
         x = x + _placed(tap, place, window, padded)
     if window.depthwise and grad.shape[1] != channels:  # several filters a channel
         x = x.unflatten(1, (channels, -1)).sum(2)
-    return (_finish(x, sizes, window, grad.dtype, bias),)
+    return _finish(x, sizes, window, grad.dtype, bias)
 
 
 def of_weight(grad: Tensor, x: Tensor, *, window: Window) -> tuple[Tensor]:

@@ -101,20 +101,32 @@ def fake_call(target: Any, args: Any, kwargs: Any) -> Any:
 
 
 def same_sizes(a: Any, b: Any) -> bool:
-    """Whether two sizes, or lists of sizes, are written alike: asking so adds no guard."""
-    return str(list(a)) == str(list(b))
+    """Whether two lists of sizes are equal whatever their symbols are: asking so adds no guard."""
+    a, b = list(a), list(b)
+    return len(a) == len(b) and all(map(_same_size, a, b))
+
+
+def _same_size(a: Any, b: Any) -> bool:
+    if str(a) == str(b):
+        return True
+    if not isinstance(a, torch.SymInt) or not isinstance(b, torch.SymInt):
+        return False
+    # s * (s + 1) and s * s + s: strides and products of sizes are written both ways
+    return bool((a.node.expr - b.node.expr).expand() == 0)
 
 
 def is_contiguous(tensor: torch.Tensor) -> bool:
-    """Whether a tensor is row-major, as its sizes are written: asking so adds no guard."""
+    """Whether a tensor is row-major whatever its symbols are: asking so adds no guard."""
     strides: list[Any] = [1]
+    floored: list[Any] = [1]  # as PyTorch counts a size that may be 0
     for size in reversed(tensor.shape[1:]):
         strides.insert(0, strides[0] * size)
-    return _same_strides(tensor, strides)
+        floored.insert(0, floored[0] * torch.sym_max(size, 1))
+    return _same_strides(tensor, strides) or _same_strides(tensor, floored)
 
 
 def same_layout(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two tensors of one shape have the same strides, as they are written."""
+    """Whether two tensors of one shape have the same strides whatever their symbols are."""
     return _same_strides(a, b.stride())
 
 

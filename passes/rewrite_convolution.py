@@ -100,18 +100,20 @@ def _refusal(facts: str) -> Refusal:
 
 def _window(given: dict[str, Any]) -> Window:
     weight = value(given["weight"])
-    dims = weight.dim() - 2
     channels = value(given["input"]).shape[1]
-
-    def each(name: str) -> tuple[int, ...]:
-        numbers = list(given[name])
-        return tuple(numbers * dims if len(numbers) == 1 else numbers)
-
     groups = given["groups"]
     depthwise = groups > 1 and groups == channels and weight.shape[1] == 1
-    return Window(
-        tuple(weight.shape[2:]), each("stride"), each("padding"), each("dilation"), depthwise
-    )
+    # each place of the kernel is a step of its own: a symbolic size is guarded, as Inductor does
+    kernel = tuple(int(size) for size in weight.shape[2:])
+    stride, padding, dilation = (_each(given, n) for n in ("stride", "padding", "dilation"))
+    return Window(kernel, stride, padding, dilation, depthwise)
+
+
+def _each(given: dict[str, Any], name: str) -> tuple[int, ...]:
+    """An argument of one number a dimension, or of one for all."""
+    numbers = list(given[name])
+    dims = value(given["weight"]).dim() - 2
+    return tuple(numbers * dims if len(numbers) == 1 else numbers)
 
 
 def _rewrite_forward(node: torch.fx.Node) -> None:
@@ -119,7 +121,8 @@ def _rewrite_forward(node: torch.fx.Node) -> None:
     window = _window(given)
     operands = [given["input"], given["weight"], given["bias"]]
     if given["transposed"]:
-        function = partial(convolution_math.of_input, window=window, shape=value(node).shape[1:])
+        more = _each(given, "output_padding")
+        function = partial(convolution_math.transposed, window=window, more=more)
     else:
         function = partial(convolution_math.forward, window=window)
     (new,) = inline(node, function, operands)
@@ -144,9 +147,8 @@ def _rewrite_backward(node: torch.fx.Node) -> None:
             function = partial(convolution_math.forward, window=window)
             (new,) = inline(node, function, [grad, weight, None])
         else:
-            shape = value(x).shape[1:]
-            function = partial(convolution_math.of_input, window=window, shape=shape)
-            (new,) = inline(node, function, [grad, weight, None])
+            function = partial(convolution_math.of_input, window=window)
+            (new,) = inline(node, function, [grad, weight, x])
         put(getitem, new)
     for getitem in list(node.users):
         node.graph.erase_node(getitem)

@@ -90,12 +90,17 @@ def test_gradients(name):
     testing.assert_ops(run, vanish=["aten.convolution_backward"])
 
 
-@pytest.mark.parametrize("name", ["patches", "depthwise, causal", "transposed"])
-def test_compiled_forward_and_backward(name, device):
+@pytest.mark.parametrize(
+    ("name", "dynamic"),
+    [(name, True) for name in CASES]
+    + [(name, False) for name in ("patches", "depthwise, causal", "transposed")],
+)
+def test_compiled_forward_and_backward(name, dynamic, device):
+    """Dynamic: each size is a symbol, that of the kernel too, which is guarded."""
     function, given = CASES[name][0], tensors(name, device)
     results = []
     for call, dtype in (
-        (torch.compile(function, backend="triton_only"), torch.float32),
+        (torch.compile(function, backend="triton_only", dynamic=dynamic), torch.float32),
         (function, torch.float32),
         (function, torch.float64),
     ):
