@@ -130,7 +130,7 @@ def run_on_graph(
 ) -> list[PassResult]:
     """Runs a stage's passes on one graph."""
     results = []
-    known = {id(refusal) for refusal in _refusals(graph)}
+    known = _refusals(graph)
     for graph_pass in PIPELINE:
         if graph_pass.stage != stage or graph_pass.name in disabled:
             continue
@@ -144,8 +144,8 @@ def run_on_graph(
             graph.lint()
         seconds = time.perf_counter() - start
         standing = _refusals(graph)
-        declined = [refusal for refusal in standing if id(refusal) not in known]
-        known = {id(refusal) for refusal in standing}
+        declined = [new for new in standing if not any(new is old for old in known)]
+        known = standing
         refusals = Counter(refusal["detail"] for refusal in declined)
         results.append(PassResult(graph_pass.name, stage, fired, seconds, dict(refusals)))
         log.info(

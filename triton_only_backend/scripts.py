@@ -51,12 +51,13 @@ def run_script(path: Path, arguments: Sequence[str] = (), allow: Sequence[str] =
     from triton_only_backend import backend, inductor
     from triton_only_backend.audit import AuditReport
 
-    earlier = {id(report) for report in backend.compiled_reports()}
+    earlier = backend.compiled_reports()
     breaks = inductor.GraphBreaks()
     outcome = _Outcome()
     with _as_main(path, arguments), _on_this_backend(allow), outcome:
         runpy.run_path(str(path), run_name="__main__")
-    reports = [report for report in backend.compiled_reports() if id(report) not in earlier]
+    known = set(map(id, earlier))  # `earlier` lives on, so that no new report has one of their ids
+    reports = [report for report in backend.compiled_reports() if id(report) not in known]
     report = AuditReport.merge(reports, graph_breaks=breaks.reasons())
     return ScriptRun(report, outcome.failure, len(reports) >= backend.KEPT_REPORTS)
 
