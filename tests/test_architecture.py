@@ -24,6 +24,7 @@ LAYERS = (
         "inductor_target",
         "settings",
         "interpreter",
+        "interpreter_libdevice",
         "interpreter_mends",
     ),
     ("kernels",),

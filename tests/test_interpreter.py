@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from triton_only_backend import interpreter_mends
+from triton_only_backend import interpreter_libdevice, interpreter_mends
 
 pytestmark = pytest.mark.cpu
 
@@ -142,6 +142,35 @@ def test_atomics_with_a_broadcast_mask():
     torch.testing.assert_close(out, torch.zeros(4, 32).index_add(0, index, x))
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16), ids=str)
+def test_atomics_add_each_dtype_and_return_what_was_there(dtype):
+    x = torch.randn(8).to(dtype)
+    index = torch.tensor([3, 1, 3, 0, 1, 3, 3, 2])
+    out, before = torch.zeros(4, dtype=dtype), torch.full((8,), 9.0, dtype=dtype)
+    _add_elements_kernel[(1,)](out, before, x, index, 6, 8)
+    sums = torch.zeros(4, dtype=dtype)
+    for i in range(6):  # one after the other, each sum rounded
+        assert before[i] == sums[index[i]]
+        sums[index[i]] += x[i]
+    assert torch.equal(out, sums)
+
+
+def test_the_gradient_of_an_index_in_bfloat16():
+    weight = torch.randn(4, 8, dtype=torch.bfloat16, requires_grad=True)
+    index = torch.tensor([[1, 3], [3, 3]])
+    compiled = torch.compile(lambda w: w[index] * 2, backend="triton_only")
+    compiled(weight).sum().backward()
+    counts = torch.tensor([0.0, 1.0, 0.0, 3.0])[:, None]
+    assert torch.equal(weight.grad, (2 * counts).expand(4, 8).to(torch.bfloat16))
+
+
+@triton.jit
+def _add_elements_kernel(out_ptr, before_ptr, x_ptr, index_ptr, n, N: tl.constexpr):
+    i = tl.arange(0, N)
+    places = out_ptr + tl.load(index_ptr + i)
+    tl.store(before_ptr + i, tl.atomic_add(places, tl.load(x_ptr + i), i < n), i < n)
+
+
 @triton.jit
 def _copy_kernel(out_ptr, x_ptr, slot_ptr, n, N: tl.constexpr):
     i = tl.arange(0, N)
@@ -165,7 +194,7 @@ def test_libdevice_computes(name, dtype):
     numbers = np.array([0.25, 1.5, 2.0, 7.0], dtype=np.float32)
     data = interpreter_mends.bfloat16_bits(numbers) if dtype == tl.bfloat16 else numbers
     x = tl.core.tensor(TensorHandle(data, dtype), tl.block_type(dtype, [4]))
-    result = getattr(interpreter_mends.Libdevice(), name)(*([x, x] if name == "pow" else [x]))
+    result = getattr(interpreter_libdevice.Libdevice(), name)(*([x, x] if name == "pow" else [x]))
     reference = {"pow": lambda t: t**t, "llrint": lambda t: t.round().long()}
     expected = reference.get(name, getattr(torch, name, None))(torch.from_numpy(numbers))
     actual = result.handle.data
@@ -189,7 +218,7 @@ def test_reductions_with_an_index_find_nan(size):
 
 def test_libdevice_names_what_it_lacks():
     with pytest.raises(AttributeError, match="no_such_function has no counterpart"):
-        interpreter_mends.Libdevice().no_such_function  # noqa: B018
+        interpreter_libdevice.Libdevice().no_such_function  # noqa: B018
 
 
 def test_works_after_triton_was_imported_and_says_so_once():

@@ -74,12 +74,15 @@ def _install() -> None:
     import triton
 
     # numpy and torch's stand-ins for libdevice, for those who need them only.
+    from triton_only_backend import inductor
+    from triton_only_backend.interpreter_libdevice import Libdevice
     from triton_only_backend.interpreter_mends import mend
 
     triton.knobs.runtime.interpret = True
     _rebind_compiled_functions()
     _install_driver()
     mend()
+    inductor.replace_libdevice(Libdevice())
     _name_launches()
     _clear_triton_probes()
     _state["installed"] = True

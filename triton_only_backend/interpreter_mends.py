@@ -4,13 +4,14 @@
    through numpy's slow half-precision loop; both are converted to fp32 first.
 2. Conversions to bfloat16 truncate, and conversions between bfloat16 and anything but fp32 take the
    raw bits for a number; both are done properly, rounding to nearest even.
-3. libdevice functions are empty stubs that return None; Inductor calls them. They get bodies.
+3. libdevice functions are empty stubs that return None; Inductor calls them. They get the bodies
+   of `interpreter_libdevice`.
 4. A reduction with a combine function of its own (argmax, Welford) runs it once an element; it is
    run on halves instead, log2(n) times, in the same order.
 5. Every call of a device function replaces all of triton.language's functions again, a quarter of
    all time; once a launch is enough.
 6. Atomics read broadcast operands (a mask of shape (1, 1), say) past their end; they are
-   written out.
+   written out. Nor do they add bfloat16, as a GPU does and Inductor's gradient of an index asks.
 7. Triton 3.6's makes indices of arrays with one element, which numpy 2.4 refuses.
 8. `not x` of a block is False, whatever is in it: Inductor's argmax asks `not isnan`. It is
    answered for each element.
@@ -23,19 +24,15 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 
 def mend() -> None:
     """Replaces those of the interpreter's functions, in this process."""
     _mend_dot()
     _mend_casts()
-    _mend_libdevice()
     _mend_reductions()
     _mend_scans()
     _mend_not()
@@ -44,7 +41,7 @@ def mend() -> None:
     _patch_once_a_launch()
 
 
-def _as_float32(handle: Any) -> Any:
+def as_float32(handle: Any) -> Any:
     """A bf16 or fp16 interpreter value as fp32; anything else as it is."""
     import triton.language as tl
     from triton.runtime.interpreter import TensorHandle
@@ -62,7 +59,7 @@ def _mend_dot() -> None:
     original = InterpreterBuilder.create_dot
 
     def create_dot(self: Any, a: Any, b: Any, d: Any, *args: Any) -> Any:
-        return original(self, _as_float32(a), _as_float32(b), d, *args)
+        return original(self, as_float32(a), as_float32(b), d, *args)
 
     InterpreterBuilder.create_dot = create_dot
 
@@ -87,7 +84,7 @@ def _mend_casts() -> None:
     def cast_impl(self: Any, src: Any, dst_type: Any) -> Any:
         if not involves_bfloat16(src, dst_type):
             return original_cast(self, src, dst_type)
-        src = _as_float32(src)
+        src = as_float32(src)
         if dst_type.scalar == tl.bfloat16:
             return TensorHandle(bfloat16_bits(src.data), tl.bfloat16)
         return original_cast(self, src, dst_type)
@@ -229,6 +226,8 @@ def _patch_once_a_launch() -> None:
 
 
 def _mend_atomics() -> None:
+    import triton.language as tl
+    from triton._C.libtriton import ir
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
     def written_out(value: Any) -> Any:
@@ -236,88 +235,38 @@ def _mend_atomics() -> None:
             return TensorHandle(np.ascontiguousarray(value.data), value.dtype)
         return value
 
-    def mended(original: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(original)
-        def create_atomic(self: Any, *args: Any) -> Any:
-            return original(self, *map(written_out, args))
+    original_cas = InterpreterBuilder.create_atomic_cas
+    original_rmw = InterpreterBuilder.create_atomic_rmw
 
-        return create_atomic
+    def create_atomic_cas(self: Any, *args: Any) -> Any:
+        return original_cas(self, *map(written_out, args))
 
-    for name in ("create_atomic_rmw", "create_atomic_cas"):
-        setattr(InterpreterBuilder, name, mended(getattr(InterpreterBuilder, name)))
+    def create_atomic_rmw(self: Any, op: Any, ptr: Any, value: Any, mask: Any, *args: Any) -> Any:
+        ptr, value, mask = map(written_out, (ptr, value, mask))
+        if op == ir.ATOMIC_OP.FADD and value.dtype.scalar == tl.bfloat16:
+            before = _add_bfloat16(ptr.data.ravel(), value, mask.data.ravel())
+            return TensorHandle(before.reshape(value.data.shape), tl.bfloat16)
+        return original_rmw(self, op, ptr, value, mask, *args)
 
-
-def _mend_libdevice() -> None:
-    from triton_only_backend import inductor
-
-    inductor.replace_libdevice(Libdevice())
-
-
-class Libdevice:
-    """libdevice's functions for the interpreter, computed by torch: `libdevice.tanh(x)`."""
-
-    def __init__(self) -> None:
-        import torch
-
-        self._functions: dict[str, Callable[..., Any]] = {
-            "atan2": torch.atan2,
-            "copysign": torch.copysign,
-            "cyl_bessel_i0": torch.special.i0,
-            "fast_expf": torch.exp,
-            "fdividef": torch.div,
-            "finitef": torch.isfinite,
-            "fmod": torch.fmod,
-            "isinf": torch.isinf,
-            "isnan": torch.isnan,
-            "j0": torch.special.bessel_j0,
-            "j1": torch.special.bessel_j1,
-            "llrint": lambda x: torch.round(x).long(),
-            "nearbyint": torch.round,
-            "nextafter": torch.nextafter,
-            "pow": torch.pow,
-            "rint": torch.round,
-        }
-
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        import torch
-
-        if name.startswith("__"):
-            raise AttributeError(name)
-        function = self._functions.get(name) or getattr(torch, name, None)
-        function = function or getattr(torch.special, name, None)
-        if function is None:
-            raise AttributeError(f"libdevice.{name} has no counterpart in the Triton interpreter")
-
-        def call(*args: Any, **_: Any) -> Any:
-            return _call_torch(function, args)
-
-        call.__name__ = name
-        return call
+    InterpreterBuilder.create_atomic_cas = create_atomic_cas
+    InterpreterBuilder.create_atomic_rmw = create_atomic_rmw
 
 
-def _call_torch(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-    import torch
-    import triton.language as tl
-    from triton.runtime.interpreter import TensorHandle
+def _add_bfloat16(ptrs: Any, value: Any, mask: Any) -> Any:
+    """Adds one element after the other, each rounded, and returns what each found there."""
+    from triton._C.libtriton import interpreter
 
-    first = next(a for a in args if isinstance(a, tl.core.tensor))
-    scalar = first.type.scalar
-    values = [
-        torch.from_numpy(np.ascontiguousarray(_as_float32(a.handle).data))
-        if isinstance(a, tl.core.tensor)
-        else torch.as_tensor(getattr(a, "value", a))
-        for a in args
-    ]
-    result = function(*values)
-    if result.dtype == torch.bool:
-        scalar, data = tl.int1, result.numpy()
-    elif result.dtype == torch.int64:
-        scalar, data = tl.int64, result.numpy()
-    elif scalar == tl.bfloat16:
-        data = bfloat16_bits(result.numpy())
-    elif scalar == tl.float16:
-        data = result.to(torch.float16).numpy()
-    else:
-        data = result.numpy()
-    type_ = tl.block_type(scalar, list(data.shape)) if first.type.is_block() else scalar
-    return tl.core.tensor(TensorHandle(data, scalar), type_)
+    numbers = as_float32(value).data.ravel()
+    before = np.zeros(ptrs.shape, np.uint16)
+    pending = np.flatnonzero(mask)
+    while pending.size > 0:
+        _, firsts = np.unique(ptrs[pending], return_index=True)  # of each address
+        now = pending[firsts]
+        all_of = np.ones(now.shape, np.bool_)
+        before[now] = interpreter.load(
+            ptrs[now], all_of, np.zeros(now.shape, np.uint16), np.dtype(np.uint16)
+        )
+        sums = (before[now].astype(np.uint32) << 16).view(np.float32) + numbers[now]
+        interpreter.store(ptrs[now], bfloat16_bits(sums), all_of)
+        pending = np.delete(pending, firsts)
+    return before
