@@ -17,10 +17,11 @@ only what depends on that follows (a view, a branch's or the graph's output), th
 write it so; where something else follows too, a `contiguous` is added.
 
 What our kernels do not do (a head dimension over 256, a mask that needs a gradient, a probability
-of dropout that is not known) becomes PyTorch's own decomposition, bmm - softmax - bmm, which stays
-in Triton but holds the scores in memory; the report notes it. Nested tensors of the jagged layout
-become packed sequences (`nested_attention`). Left alone: other nested tensors, other dtypes than
-fp16, bf16 and fp32, and calls that PyTorch itself refuses.
+of dropout that is not known, attention within torch.func's vmap, grad or jvp) becomes PyTorch's own
+decomposition, bmm - softmax - bmm, which stays in Triton but holds the scores in memory; the report
+notes it. Nested tensors of the jagged layout become packed sequences (`nested_attention`). Left
+alone: other nested tensors, other dtypes than fp16, bf16 and fp32, and calls that PyTorch itself
+refuses.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from typing import Any
 
 import torch
 
+from triton_only_backend import inductor
 from triton_only_backend.kernels import nested_attention
 from triton_only_backend.kernels.limits import DTYPES, MAX_HEAD_DIM
 from triton_only_backend.passes.graph_edit import (
@@ -91,6 +93,9 @@ def can_rewrite(given: dict[str, Any]) -> Refusal | None:
         )
     if not (head_dim_fits(query) and head_dim_fits(val)):
         return Refusal(Reason.HEAD_DIM_TOO_LARGE, facts, "use more heads of a smaller dimension")
+    if any(map(inductor.is_transformed, (query, key, val, mask))):
+        remedy = "call attention outside torch.func's transforms: it takes batches by itself"
+        return Refusal(Reason.FUNCTION_TRANSFORM, facts, remedy)
     if mask is not None and mask.requires_grad:
         return Refusal(Reason.MASK_NEEDS_GRADIENT, describe(given["attn_mask"]), "detach the mask")
     return None

@@ -24,6 +24,7 @@ class Reason(enum.Enum):
     HEAD_DIM_TOO_LARGE = "the head dimension exceeds 256, or varies"
     DROPOUT = "the probability of dropout is not known when the graph is compiled"
     MASK_NEEDS_GRADIENT = "the attention kernels give no gradient for the mask"
+    FUNCTION_TRANSFORM = "the attention kernels have no rule for the transforms of torch.func"
     CONVOLUTION = "not a convolution that is computed as a product or a short sum"
     GROUPED_BIAS = "the grouped product has a bias"
     UNKNOWN_ROW = "the length of the rows is not known when the graph is compiled"
@@ -32,7 +33,14 @@ class Reason(enum.Enum):
 
 
 # Attention refused for these reasons becomes bmm - softmax - bmm instead.
-DECOMPOSED = frozenset({Reason.HEAD_DIM_TOO_LARGE, Reason.DROPOUT, Reason.MASK_NEEDS_GRADIENT})
+DECOMPOSED = frozenset(
+    {
+        Reason.HEAD_DIM_TOO_LARGE,
+        Reason.DROPOUT,
+        Reason.MASK_NEEDS_GRADIENT,
+        Reason.FUNCTION_TRANSFORM,
+    }
+)
 
 
 # The kind, in the words of the audit, of the reasons that it does not know by name.
@@ -40,6 +48,7 @@ _KINDS = {
     Reason.HEAD_DIM_TOO_LARGE: "UNSUPPORTED_SIZE",
     Reason.DROPOUT: "UNSUPPORTED_ARGUMENT",
     Reason.MASK_NEEDS_GRADIENT: "UNSUPPORTED_ARGUMENT",
+    Reason.FUNCTION_TRANSFORM: "UNSUPPORTED_ARGUMENT",
     Reason.CONVOLUTION: "UNSUPPORTED_ARGUMENT",
     Reason.GROUPED_BIAS: "UNSUPPORTED_ARGUMENT",
     Reason.UNKNOWN_ROW: "UNSUPPORTED_SIZE",

@@ -11,7 +11,8 @@ After:
 (a function, which AOTAutograd traces into `higher_order.flex_attention` and what makes its block
 mask). Left to `capture_attention`, that is to our kernels: dropout, head dimensions that are no
 power of two from 16 to 256, symbolic lengths, other than four dimensions, a mask that needs a
-gradient, dtypes that our kernels do not take, and CPUs, for which Inductor's template is C++.
+gradient, transforms of torch.func, dtypes that our kernels do not take, and CPUs, for which
+Inductor's template is C++.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 
+from triton_only_backend import inductor
 from triton_only_backend.kernels.limits import DTYPES
 from triton_only_backend.passes.capture_attention import SDPA, sdpa_arguments
 from triton_only_backend.passes.graph_edit import value
@@ -84,6 +86,7 @@ def can_rewrite(given: dict[str, Any]) -> bool:
     mask = value(given["attn_mask"])
     return (
         not any(t.is_nested for t in tensors)
+        and not any(map(inductor.is_transformed, (*tensors, mask)))
         and all(t.dim() == 4 and t.device.type != "cpu" for t in tensors)
         and tensors[0].dtype in DTYPES
         and all(isinstance(size, int) for t in tensors for size in t.shape)

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from expecttest import assert_expected_inline
 from pass_graphs import heads, refusals
 
-import triton_only_backend  # noqa: F401
+import triton_only_backend as tob
+from triton_only_backend.backend import compiled_reports
 from triton_only_backend.passes.capture_attention import MATH, SDPA, capture_attention
 from triton_only_backend.testing import render
 
@@ -110,6 +111,33 @@ def test_a_boolean_mask_hides_where_attention_is_decomposed(dtype):
     gm.recompile()
     (actual,) = gm(query, mask)
     torch.testing.assert_close(actual, attention(query, mask))
+
+
+TRANSFORMED = {
+    "vmap": lambda q, k: torch.func.vmap(F.scaled_dot_product_attention, (0, None, None))(q, k, k),
+    "grad": lambda q, k: torch.func.grad(
+        lambda q: F.scaled_dot_product_attention(q, k, k, is_causal=True).square().sum()
+    )(q),
+    "gradients of each example": lambda q, k: torch.func.vmap(
+        torch.func.grad(lambda q: F.scaled_dot_product_attention(q, k, k).square().sum())
+    )(q),
+}
+
+
+@pytest.mark.parametrize("mode", ["compiled", "eager"])
+@pytest.mark.parametrize("name", TRANSFORMED)
+def test_attention_within_a_transform(name, mode, device):
+    query, key = torch.randn(3, 2, 4, 8, device=device), torch.randn(2, 4, 8, device=device)
+    expected = TRANSFORMED[name](query, key)
+    if mode == "eager":
+        with tob.eager():
+            actual = TRANSFORMED[name](query, key)
+    else:
+        actual = torch.compile(TRANSFORMED[name], backend="triton_only")(query, key)
+        report = compiled_reports()[-1]
+        assert report.is_triton_only
+        assert "no rule for the transforms of torch.func" in report.to_markdown()
+    torch.testing.assert_close(actual, expected)
 
 
 def test_attention_of_other_dtypes_is_refused():

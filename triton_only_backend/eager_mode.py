@@ -12,6 +12,7 @@ from torch.nested._internal.nested_tensor import NestedTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from triton_only_backend import inductor
 from triton_only_backend.kernels.limits import MAX_HEAD_DIM
 from triton_only_backend.kernels.nested_attention import nested_attention
 from triton_only_backend.passes.rewrite_matmul import PRODUCTS
@@ -75,7 +76,8 @@ def _attention(
         )
         return nested
     masked = attn_mask is not None and (is_causal or attn_mask.requires_grad)
-    if masked or max(query.shape[-1], value.shape[-1]) > MAX_HEAD_DIM:
+    transformed = any(map(inductor.is_transformed, (query, key, value, attn_mask)))
+    if masked or transformed or max(query.shape[-1], value.shape[-1]) > MAX_HEAD_DIM:
         with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
             return SDPA(
                 query, key, value, attn_mask, dropout_p, is_causal,
@@ -93,9 +95,10 @@ def _attention(
 def eager() -> Iterator[None]:
     """Sends mm, addmm, bmm, baddbmm and scaled_dot_product_attention to our ops, uncompiled.
 
-    Attention with a head dimension over 256 or with a mask that needs a gradient runs as bmm,
-    softmax, bmm, of which the products are ours; that of nested tensors of the jagged layout as
-    packed sequences. Everything else runs as PyTorch runs it; nothing is audited.
+    Attention with a head dimension over 256, with a mask that needs a gradient or within a
+    transform of torch.func runs as bmm, softmax, bmm, of which the products are ours; that of
+    nested tensors of the jagged layout as packed sequences. Everything else runs as PyTorch runs
+    it; nothing is audited.
 
     Raises, at the call:
         UnsupportedProblemError: an operand that the kernels do not take (a dtype, say).

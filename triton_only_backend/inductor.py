@@ -335,6 +335,14 @@ def has_triton_lowering(overload: torch._ops.OpOverload) -> bool:
     return not getattr(handler, "_is_fallback_handler", False)
 
 
+def is_transformed(tensor: object) -> bool:
+    """Whether a transform of torch.func (vmap, grad, …) holds the tensor: only what is called
+    within the transform can compute with it."""
+    return isinstance(tensor, torch.Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(
+        tensor
+    )
+
+
 def seed_ops() -> tuple[Any, Any]:
     """The ops by which Inductor draws a graph's seeds, and takes one of them."""
     from torch._inductor import inductor_prims

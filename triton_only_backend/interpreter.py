@@ -83,7 +83,7 @@ def _install() -> None:
     _install_driver()
     mend()
     inductor.replace_libdevice(Libdevice())
-    _name_launches()
+    _wrap_launches()
     _clear_triton_probes()
     _state["installed"] = True
 
@@ -191,15 +191,20 @@ def _install_driver() -> None:
     triton.runtime.driver.set_active(InterpreterDriver())
 
 
-def _name_launches() -> None:
-    """Each interpreted launch is a scope of the profiler, which tells it from ATen's CPU ops."""
+def _wrap_launches() -> None:
+    """Each interpreted launch is a scope of the profiler, which tells it from ATen's CPU ops.
+
+    And numpy warns as little as a GPU does: masked lanes divide 0 by 0.
+    """
+    import numpy as np
     import torch
     from triton.runtime.interpreter import InterpretedFunction
 
     original = InterpretedFunction.run
 
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with torch.profiler.record_function(LAUNCH_SCOPE + self.fn.__name__):
+        scope = torch.profiler.record_function(LAUNCH_SCOPE + self.fn.__name__)
+        with scope, np.errstate(all="ignore"):
             return original(self, *args, **kwargs)
 
     InterpretedFunction.run = run
