@@ -144,7 +144,8 @@ def run_on_graph(
             graph.lint()
         seconds = time.perf_counter() - start
         standing = _refusals(graph)
-        declined = [new for new in standing if not any(new is old for old in known)]
+        before = set(map(id, known))  # `known` lives on, so that no new one has one of their ids
+        declined = [refusal for refusal in standing if id(refusal) not in before]
         known = standing
         refusals = Counter(refusal["detail"] for refusal in declined)
         results.append(PassResult(graph_pass.name, stage, fired, seconds, dict(refusals)))
