@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -214,6 +215,17 @@ def test_reductions_with_an_index_find_nan(size):
     x[0, 3] = x[0, 5] = x[1, 0] = float("nan")
     actual = torch.compile(model, backend="triton_only")(x)
     torch.testing.assert_close(actual, model(x), rtol=0, atol=0, equal_nan=True)
+
+
+def test_threads_take_turns():
+    weight = torch.randn(16, 16)
+    compiled = torch.compile(lambda x: torch.softmax(x @ weight, -1), backend="triton_only")
+    inputs = [torch.randn(16, 16) for _ in range(6)]
+    compiled(inputs[0])
+    with ThreadPoolExecutor(3) as threads:
+        results = list(threads.map(compiled, inputs))
+    for x, result in zip(inputs, results, strict=True):
+        torch.testing.assert_close(result, torch.softmax(x @ weight, -1))
 
 
 def test_libdevice_names_what_it_lacks():

@@ -194,17 +194,21 @@ def _install_driver() -> None:
 def _wrap_launches() -> None:
     """Each interpreted launch is a scope of the profiler, which tells it from ATen's CPU ops.
 
-    And numpy warns as little as a GPU does: masked lanes divide 0 by 0.
+    One at a time: a launch replaces triton.language's functions for all threads. And numpy warns as
+    little as a GPU does: masked lanes divide 0 by 0.
     """
+    import threading
+
     import numpy as np
     import torch
     from triton.runtime.interpreter import InterpretedFunction
 
     original = InterpretedFunction.run
+    turn = threading.RLock()
 
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
         scope = torch.profiler.record_function(LAUNCH_SCOPE + self.fn.__name__)
-        with scope, np.errstate(all="ignore"):
+        with turn, scope, np.errstate(all="ignore"):
             return original(self, *args, **kwargs)
 
     InterpretedFunction.run = run
