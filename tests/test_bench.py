@@ -24,6 +24,7 @@ from triton_only_backend.bench import (
     attention_cases,
     attention_errors,
     breakdown,
+    comparison,
     compile_ahead,
     gemm,
     generation,
@@ -281,8 +282,8 @@ def test_comparison_with_other_providers() -> None:
         {"provider": "eager", "prefill_ms": 30.0, "ms_per_token": 20.0, "logits_error": 0.02},
         {"provider": "triton_only", "prefill_ms": 20.0, "ms_per_token": 4.0, "logits_error": 0.01},
     ]
-    assert generation.compare(rows[:1]) == {}
-    assert generation.compare(rows) == {
+    assert comparison.compare(rows[:1]) == {}
+    assert comparison.compare(rows) == {
         "prefill speedup over eager": 1.5,
         "decode speedup over eager": 5.0,
         "logits error over that of eager": 0.5,
@@ -302,8 +303,8 @@ def test_providers_that_take_minutes_to_compile_are_left_to_be_asked_for() -> No
 def test_how_near_a_provider_comes_to_the_floors() -> None:
     row = {"prefill_ms": 25.0, "ms_per_token": 5.0}
     limits = {"floor_ms_per_token": 4.0, "floor_prefill_ms": 20.0}
-    assert generation.shares(row, limits) == {"floor_share": 0.8, "prefill_floor_share": 0.8}
-    assert generation.shares(row, {}) == {}
+    assert comparison.shares(row, limits) == {"floor_share": 0.8, "prefill_floor_share": 0.8}
+    assert comparison.shares(row, {}) == {}
     assert {"floor_share", "peak_memory_gib", "compile_seconds"} <= set(generation.COLUMNS)
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from played_tuning import CANDIDATES, H200, PROBLEM, SLOW, FakeCompiler, FakeTrial, rows
 
-from triton_only_backend import cli, cli_tune
+from triton_only_backend import cli, cli_tune, tune_report
 from triton_only_backend import database as databases
 from triton_only_backend.database import MEASURED
 from triton_only_backend.kernels import hardware, shipped_tables, tuned
@@ -165,7 +165,7 @@ def test_the_bar_prints_a_line_a_problem(path: Path) -> None:
     from rich.console import Console
 
     text = io.StringIO()
-    with cli_tune.Bar(Console(file=text, width=300)) as bar, databases.writing(path) as database:
+    with tune_report.Bar(Console(file=text, width=300)) as bar, databases.writing(path) as database:
         times = {CANDIDATES[3]: 50.0}
         Search(
             H200, database, FakeCompiler(), lambda *_: FakeTrial(lambda c: times.get(c, SLOW)), bar,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,6 +9,7 @@ import typer
 
 from triton_only_backend.cli_options import FACTORY, Json, NoGrad, console, form, write_json
 from triton_only_backend.targets import UsageError, load_target
+from triton_only_backend.tune_report import Bar, as_dict, describe, summary
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -92,7 +91,7 @@ def tune(
         if export is not None:
             count = tables.export(found, export, _gpu_name() if problems else None)
             terminal.print(f"{export}: {count} problems", markup=False, highlight=False)
-    write_json(json_path, [_as_dict(outcome) for outcome in outcomes])
+    write_json(json_path, [as_dict(outcome) for outcome in outcomes])
     if problems:
         left = len(problems) - len(outcomes)
         more = f"; {left} are left: the same command goes on" if left or stopped else ""
@@ -214,103 +213,3 @@ def _search(
         except KeyboardInterrupt:
             return bar.outcomes, True
     return bar.outcomes, False
-
-
-class Bar:
-    """A progress bar with the time left, and a line above it for each problem that is done."""
-
-    def __init__(self, terminal: Console) -> None:
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
-
-        self.outcomes: list[Outcome] = []
-        self._progress = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=terminal,
-        )  # fmt: skip
-        self._task = self._progress.add_task("candidates", total=None)
-
-    def __enter__(self) -> Bar:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-
-    def begin(self, candidates: int) -> None:
-        """So many candidates are to be measured."""
-        self._progress.update(self._task, total=candidates)
-
-    def advance(self, candidates: int) -> None:
-        """So many of them are done or need not be."""
-        self._progress.advance(self._task, candidates)
-
-    def problem(self, found: Outcome) -> None:
-        """Prints a problem's result."""
-        self.outcomes.append(found)
-        line = f"{describe(found.kind, found.problem)}: "
-        if found.us is None:
-            causes = sorted(set(found.rejected.values())) or ["nothing was measured"]
-            line += f"no candidate can be used ({'; '.join(causes)})"
-        else:
-            line += f"{found.us:.1f} µs"
-            if found.heuristic_us:
-                gain = found.heuristic_us / found.us
-                line += f", {gain:.2f} × the heuristic ({found.heuristic_us:.1f})"
-            line += f", of {found.measured}: {describe_config(found.config)}"
-        self._progress.console.print(line, markup=False, highlight=False)
-
-
-def describe(kind: str, problem: Any) -> str:
-    """A problem in a few words."""
-    fields = vars(problem)
-    if kind == "gemm":
-        shape = "x".join(str(fields[key]) for key in ("M", "N", "K"))
-        batch = f"{problem.batch}x" if problem.batch > 1 else ""
-        flags = ("" if problem.b_k_contiguous else " n-contiguous") + (
-            "" if problem.aligned else " unaligned"
-        )
-        return f"{batch}{shape} {8 * problem.element_size}-bit{flags}"
-    return f"{kind} {', '.join(f'{key} {value}' for key, value in fields.items())}"
-
-
-def describe_config(config: Any) -> str:
-    """A configuration's fields that are not at their default."""
-    parts = []
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if value != field.default:
-            parts.append(str(value) if field.name == "kernel" else f"{field.name} {value}")
-    return ", ".join(parts)
-
-
-def slower(outcome: Outcome, us: float | None) -> float | None:
-    """How many times as long as the best a choice takes; None where either was not measured."""
-    return us / outcome.us if us and outcome.us else None
-
-
-def summary(outcomes: list[Outcome]) -> list[str]:
-    """How far from the best the heuristic's choices are, and those that are shipped."""
-    lines = []
-    for name, key in (("the heuristic", "heuristic_us"), ("what is shipped", "shipped_us")):
-        found = [slower(outcome, getattr(outcome, key)) for outcome in outcomes]
-        times = [ratio for ratio in found if ratio is not None]
-        if times:
-            lines.append(
-                f"{name} takes {statistics.geometric_mean(times):.3f} × the best in geometric "
-                f"mean of {len(times)}, {max(times):.2f} × at most"
-            )
-    return lines
-
-
-def _as_dict(outcome: Outcome) -> dict[str, Any]:
-    found = dataclasses.asdict(outcome)
-    found["speedup over the heuristic"] = slower(outcome, outcome.heuristic_us)
-    found["speedup over what is shipped"] = slower(outcome, outcome.shipped_us)
-    return found

@@ -52,7 +52,7 @@ class Compiler(Protocol):
 
 
 class Progress(Protocol):
-    """Told what happens; see `cli_tune`."""
+    """Told what happens; see `tune_report`."""
 
     def begin(self, candidates: int) -> None:
         """So many candidates are to be measured."""
