@@ -14,7 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from triton_only_backend import files, inductor, inductor_launch, interpreter, settings
+from triton_only_backend import (
+    files,
+    inductor,
+    inductor_launch,
+    inductor_strides,
+    interpreter,
+    settings,
+)
 from triton_only_backend.errors import (
     DeviceError,
     SettingsError,
@@ -218,7 +225,7 @@ class Compilation:
     ) -> tuple[Any, str | None]:
         """The compiled graph and its code; with a target, the graph as it is and the code there."""
         if self.target is None:
-            with inductor_launch.waiting_first():
+            with inductor_launch.waiting_first(), inductor_strides.compared_by_value():
                 compiled = compile_fx_inner(gm, example_inputs, **options)
             from triton_only_backend.kernels import tuned
 
@@ -228,7 +235,7 @@ class Compilation:
             return compiled, inductor.source_code(compiled)
         from triton_only_backend import inductor_target
 
-        with inductor_launch.waiting_first():
+        with inductor_launch.waiting_first(), inductor_strides.compared_by_value():
             source = inductor_target.output_code(
                 compile_fx_inner, gm, example_inputs, options, self.target
             )
