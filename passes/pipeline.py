@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 import triton_only_backend.kernels
-from triton_only_backend import inductor_launch
+from triton_only_backend import inductor_launch, inductor_mends
 from triton_only_backend.passes.capture_attention import capture_attention
 from triton_only_backend.passes.fold_broadcast_bmm import fold_broadcast_bmm
 from triton_only_backend.passes.fold_kv_expand import fold_kv_expand
@@ -165,7 +165,7 @@ def _refusals(graph: torch.fx.Graph) -> list[Mapping[str, str]]:
 
 @functools.cache
 def source_hash() -> str:
-    """Hash of the sources of all that decides the code: passes, kernels, launches, shipped tables.
+    """Hash of the sources of all that decides the code: passes, kernels, launches, mends, tables.
 
     Part of the key of Inductor's graph cache: output code depends on the passes and on the kernels'
     fake implementations.
@@ -178,5 +178,6 @@ def source_hash() -> str:
             if path.suffix in (".py", ".json"):
                 name = f"{folder.name}/{path.relative_to(folder)}"
                 digest.update(name.encode() + b"\0" + path.read_bytes())
-    digest.update(Path(inductor_launch.__file__).read_bytes())
+    for name in (inductor_launch.__file__, inductor_mends.__file__):
+        digest.update(Path(name).read_bytes())
     return digest.hexdigest()

@@ -21,7 +21,7 @@ LAYERS = (
     (
         "inductor",
         "inductor_launch",
-        "inductor_strides",
+        "inductor_mends",
         "inductor_target",
         "settings",
         "interpreter",
@@ -45,7 +45,7 @@ PRIVATE = ("torch._inductor", "torch._dynamo")
 # What may name them beside inductor.py, and why.
 PRIVATE_ALLOWED = {
     "inductor_launch.py": "how its kernels are launched",
-    "inductor_strides.py": "how it compares symbolic strides",
+    "inductor_mends.py": "what it lowers wrongly",
     "inductor_target.py": "the same for a device that is not there",
     "bench/providers.py": "reads and clears Dynamo's counters between measurements",
     "testing/private.py": "stops a compilation at a stage, for whatever backend; pattern matcher",

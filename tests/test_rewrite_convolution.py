@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import pytest
 import torch
 import torch.nn.functional as F
@@ -112,28 +111,6 @@ def test_compiled_forward_and_backward(name, dynamic, device):
         assert ours.stride() == eager.stride()
         limit = 3 * (eager - exact).norm() + 1e-7 * exact.norm()
         assert (ours - exact).norm() <= limit
-
-
-@pytest.mark.parametrize(
-    ("layer", "more"),
-    [
-        (torch.nn.ConvTranspose2d(4, 4, 3, stride=2, padding=1, groups=4), 2),
-        (torch.nn.Conv2d(4, 8, 2, stride=4), 0),
-    ],
-    ids=["transposed, channels last", "gradient of a square image"],
-)
-def test_strides_that_are_sums(layer, more, device):
-    """A graph gives out a view whose symbolic strides are expanded sums."""
-    layer = copy.deepcopy(layer).to(device, memory_format=torch.channels_last)
-    compiled = torch.compile(layer, backend="triton_only", dynamic=True)
-    for side in (8, 13):
-        x = torch.randn(3, 4, side, side + more, device=device)
-        x = x.to(memory_format=torch.channels_last).requires_grad_()
-        y, expected = compiled(x), layer(x)
-        assert y.stride() == expected.stride()
-        torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
-        grads = [torch.autograd.grad(t, x, torch.ones_like(t))[0] for t in (y, expected)]
-        torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
 
 
 class Image(torch.nn.Module):

@@ -18,7 +18,7 @@ from triton_only_backend import (
     files,
     inductor,
     inductor_launch,
-    inductor_strides,
+    inductor_mends,
     interpreter,
     settings,
 )
@@ -225,7 +225,7 @@ class Compilation:
     ) -> tuple[Any, str | None]:
         """The compiled graph and its code; with a target, the graph as it is and the code there."""
         if self.target is None:
-            with inductor_launch.waiting_first(), inductor_strides.compared_by_value():
+            with inductor_launch.waiting_first(), inductor_mends.mended():
                 compiled = compile_fx_inner(gm, example_inputs, **options)
             from triton_only_backend.kernels import tuned
 
@@ -235,7 +235,7 @@ class Compilation:
             return compiled, inductor.source_code(compiled)
         from triton_only_backend import inductor_target
 
-        with inductor_launch.waiting_first(), inductor_strides.compared_by_value():
+        with inductor_launch.waiting_first(), inductor_mends.mended():
             source = inductor_target.output_code(
                 compile_fx_inner, gm, example_inputs, options, self.target
             )
