@@ -22,6 +22,7 @@ PADDED = {
     "another value": (lambda x: before(x.amax(-1, keepdim=True), -7.5), (4, 8)),
     "an integer": (lambda x: before((x > 0.5).sum(-1, keepdim=True)), (4, 8)),
     "whether any": (lambda x: before((x > 0.5).any(-1, keepdim=True)), (4, 8)),
+    "one boolean": (lambda x: F.pad(before((x > 0).any(-1))[0], (2, 1)), (1, 8)),
     "offsets of sequences": (
         lambda x: F.pad((x > 0.5).sum(-1, dtype=torch.int32).cumsum(0), (1, 0)), (1, 16384),
     ),

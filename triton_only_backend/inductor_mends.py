@@ -1,8 +1,9 @@
 """What Inductor lowers wrongly, done properly while this backend compiles.
 
 1. A masked read (of padding, say) whose buffer the same kernel computes takes the value from the
-   registers and forgets the mask: `F.pad(x.sum(-1), (1, 0))` gives the sum where 0 belongs. Such a
-   read is followed by a select. (pytorch/pytorch#189895, in 2.11 and 2.13.)
+   registers and forgets the mask: `F.pad(x.sum(-1), (1, 0))` gives the sum where 0 belongs
+   (pytorch/pytorch#189895, in 2.11 and 2.13). And a masked read of a single boolean has True
+   beside it for False. Both are followed by a select.
 2. Inductor 2.13 takes one stride for at least another if a guard says so, or else if the remainder
    of their division is 0. sympy cannot bound the remainder of sums (s + 1 by s * t + s + t + 1, the
    strides of a view of a padded image), and the compilation ends in a ValueRangeError. Where the
@@ -38,11 +39,13 @@ def mended() -> Iterator[None]:
 
 
 def _select_after(original: Callable[..., Any]) -> Any:
+    import torch
     from torch._inductor.virtualized import V
 
     def masked(mask: Any, body: Any, other: Any) -> Any:
         result = original(mask, body, other)
-        if not _reads_registers(body, V.kernel.cse.store_cache):
+        is_false = result.dtype == torch.bool and not other
+        if not is_false and not _reads_registers(body, V.kernel.cse.store_cache):
             return result
         ops = V.get_ops_handler()
         return ops.where(mask, result, ops.constant(other, result.dtype))
