@@ -67,3 +67,19 @@ def test_strides_that_are_sums(layer, more, device):
         torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
         grads = [torch.autograd.grad(t, x, torch.ones_like(t))[0] for t in (y, expected)]
         torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
+
+
+def test_strides_whose_order_depends_on_the_sizes(device):
+    """The second layer, of two groups, stays; what it reads is a view, kept for the backward."""
+    layers = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 8, 4, stride=3), torch.nn.Conv2d(8, 8, 1),
+        torch.nn.Conv2d(8, 8, 2, stride=2, groups=2),
+    ).to(device)  # fmt: skip
+    options = {"fx_graph_cache": False, "on_violation": "ignore"}
+    compiled = torch.compile(layers, backend="triton_only", dynamic=True, options=options)
+    for height, width in ((13, 10), (12, 16)):
+        x = torch.randn(2, 3, height, width, device=device, requires_grad=True)
+        y, expected = compiled(x), layers(x)
+        torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+        grads = [torch.autograd.grad(t, x, torch.ones_like(t))[0] for t in (y, expected)]
+        torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)

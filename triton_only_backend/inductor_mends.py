@@ -9,6 +9,8 @@
    strides of a view of a padded image), and the compilation ends in a ValueRangeError. Where the
    symbols have values the guard has answered already; only of those that have none (`item()`) the
    remainder can say more.
+3. The order of strides is sorted by sympy, which raises a TypeError where a comparison depends on
+   the symbols' values (8 * ((s - 4) // 3) + 8 < 8). There it is sorted with guards.
 """
 
 from __future__ import annotations
@@ -26,15 +28,17 @@ COMPARISON = "_stride_expr_ge_or_false"  # of a layout; Inductor 2.11 has none
 @contextlib.contextmanager
 def mended() -> Iterator[None]:
     """Inductor lowers graphs as said above meanwhile."""
+    from torch._inductor import ir
     from torch._inductor.codegen.triton import TritonKernelOverrides
-    from torch._inductor.ir import Layout
 
     with contextlib.ExitStack() as stack:
         masked = _select_after(TritonKernelOverrides.masked)
         stack.enter_context(mock.patch.object(TritonKernelOverrides, "masked", masked))
-        if hasattr(Layout, COMPARISON):
-            at_least = _by_value(getattr(Layout, COMPARISON))
-            stack.enter_context(mock.patch.object(Layout, COMPARISON, at_least))
+        order = _with_guards(ir.get_stride_order)
+        stack.enter_context(mock.patch.object(ir, "get_stride_order", order))
+        if hasattr(ir.Layout, COMPARISON):
+            at_least = _by_value(getattr(ir.Layout, COMPARISON))
+            stack.enter_context(mock.patch.object(ir.Layout, COMPARISON, at_least))
         yield
 
 
@@ -70,3 +74,15 @@ def _by_value(original: Callable[..., Any]) -> Any:
         return bool(answer if isinstance(answer, bool) else V.graph.sizevars.guard_or_false(answer))
 
     return staticmethod(at_least)
+
+
+def _with_guards(original: Callable[..., Any]) -> Any:
+    from torch._inductor.virtualized import V
+
+    def get_stride_order(strides: Any, shape_env: Any = None) -> Any:
+        try:
+            return original(strides, shape_env)
+        except TypeError:
+            return original(strides, V.graph.sizevars.shape_env)
+
+    return get_stride_order
