@@ -32,7 +32,7 @@ _COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 class Scope:
     """The names that one module, class, function or comprehension binds, each to what it may be.
 
-    `paths` holds what `Resolver` found of names that were looked up from here.
+    `paths` holds what `Resolver` found that these names mean.
     """
 
     parent: Scope | None = None
@@ -157,15 +157,11 @@ class Resolver:
         return set()
 
     def _name(self, name: str, scope: Scope) -> set[str]:
-        if name in scope.paths:
-            return scope.paths[name]
         found = scope.find(name)
         if found is None:
-            scope.paths[name] = {_PREAMBLE.get(name, name)}
-            return scope.paths[name]
+            return {_PREAMBLE.get(name, name)}
         owner, meanings = found
         if name in owner.paths:
-            scope.paths[name] = owner.paths[name]
             return owner.paths[name]
         key = (id(owner), name)
         if key in self._resolving:
@@ -206,12 +202,10 @@ def _literal(node: ast.expr) -> str | None:
 
 
 def _canonical(path: str) -> str:
-    if "extern_kernels" not in path:
-        return path
     parts = path.split(".")
-    if "extern_kernels" not in parts:
-        return path
-    return ".".join(parts[parts.index("extern_kernels") :])
+    if "extern_kernels" in parts:
+        return ".".join(parts[parts.index("extern_kernels") :])
+    return path
 
 
 @dataclass(frozen=True)
