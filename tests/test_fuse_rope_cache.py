@@ -13,23 +13,12 @@ from fusing import (
     random,
 )
 
+from triton_only_backend.bench.plain_llama import rotate as rotate_pairs
+
 
 def rotate_half(x, cos, sin):
     half = x.shape[-1] // 2
     return x * cos + torch.cat((-x[..., half:], x[..., :half]), -1) * sin
-
-
-def rotate_pairs(x, table):
-    pairs = x.float().reshape(*x.shape[:-1], -1, 2)
-    table = table.view(1, pairs.size(1), 1, pairs.size(3), 2)
-    rotated = torch.stack(
-        [
-            pairs[..., 0] * table[..., 0] - pairs[..., 1] * table[..., 1],
-            pairs[..., 1] * table[..., 0] + pairs[..., 0] * table[..., 1],
-        ],
-        -1,
-    )
-    return rotated.flatten(3).type_as(x)
 
 
 def halves_model(q, k, v, cos, sin, keys, values, position, mask):
@@ -64,22 +53,26 @@ def decode_arguments(length=1, dtype=torch.float32, slots=24, position=7):
     return [q, k, v, cos, sin, keys, values, positions, mask[None, None]]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("model", [halves_model, pairs_model, plain_model])
-def test_decoding_writes_the_cache_and_attends_in_one_op(model, dtype):
-    args, reference = decode_arguments(dtype=dtype), decode_arguments()
+def assert_one_op(model, args, reference):
+    """Fused, a step gives what the model gives in fp32 (`reference`), and writes the same caches."""
     for mine, other in zip(args, reference, strict=True):
         other.copy_(mine)
     fired, result = fired_passes(model, args)
     assert fired["fuse_rope_cache"] == 1
     with torch.no_grad():
         expected = model(*reference)
-    tolerance = (
-        {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
-    )
-    torch.testing.assert_close(result.float(), expected, **tolerance)
+    limit = 2e-2 if result.dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(result.float(), expected, rtol=limit, atol=limit)
     for mine, other in zip(args[5:7], reference[5:7], strict=True):
-        torch.testing.assert_close(mine.float(), other, **tolerance)
+        torch.testing.assert_close(mine.float(), other, rtol=limit, atol=limit)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("model", [halves_model, pairs_model, plain_model])
+def test_decoding_writes_the_cache_and_attends_in_one_op(model, dtype):
+    args, reference = decode_arguments(dtype=dtype), decode_arguments()
+    assert_one_op(model, args, reference)
+    for mine, other in zip(args[5:7], reference[5:7], strict=True):
         untouched = torch.arange(24, device=DEVICE) != 7
         assert torch.equal(mine[:, :, untouched].float(), other[:, :, untouched])
 
@@ -92,18 +85,7 @@ def test_a_prefill_rotates_and_writes_the_cache_in_one_op(model, batched, dtype)
     if batched and model is halves_model:
         args[3:5] = (torch.stack([t[0], t[0].flip(0)]) for t in args[3:5])
         reference[3:5] = (t.float() for t in args[3:5])
-    for mine, other in zip(args, reference, strict=True):
-        other.copy_(mine)
-    fired, result = fired_passes(model, args)
-    assert fired["fuse_rope_cache"] == 1
-    with torch.no_grad():
-        expected = model(*reference)
-    tolerance = (
-        {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
-    )
-    torch.testing.assert_close(result.float(), expected, **tolerance)
-    for mine, other in zip(args[5:7], reference[5:7], strict=True):
-        torch.testing.assert_close(mine.float(), other, **tolerance)
+    assert_one_op(model, args, reference)
 
 
 def test_a_negative_position_counts_from_the_end():
