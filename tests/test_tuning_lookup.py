@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from on_hopper import unknown_gluon
+from sharing import write_rows
 
 from triton_only_backend import database as databases
 from triton_only_backend import settings
@@ -365,16 +366,11 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
         pass
 
 
-def write_rows(path: Path, first: int) -> None:
-    with databases.writing(path) as database:
-        for number in range(first, first + 50):
-            config = dataclasses.replace(CONFIG, group_m=number)
-            database.add(Place("a", "b", "c", "d"), row(config, float(number)))
-
-
 def test_processes_share_a_database(path: Path) -> None:
     context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=write_rows, args=(path, 50 * i)) for i in range(3)]
+    processes = [
+        context.Process(target=write_rows, args=(path, PROBLEM, CONFIG, 50 * i)) for i in range(3)
+    ]
     for process in processes:
         process.start()
     for process in processes:
