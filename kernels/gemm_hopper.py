@@ -42,7 +42,6 @@ from triton_only_backend.kernels.hopper_gemm_pipeline import (
     box_of,
     boxes_of,
     copy,
-    held_columns,
     multiply,
     piece_of,
 )
@@ -147,11 +146,11 @@ def _chunks_of(workspace: torch.Tensor, rows: int) -> TensorDescriptor:
     return TensorDescriptor(lines, list(lines.shape), [256, 1], [rows // 8, 256], layout)
 
 
-def ring_and_staging(config: GemmConfig, b_k_major: bool, shared_memory: int) -> tuple[int, int]:
+def ring_and_staging(config: GemmConfig, shared_memory: int) -> tuple[int, int]:
     """The slots of the ring, at most `config`'s, and pieces of a consumer's result, that fit."""
     width = piece_of(config.block_n)
     piece = config.block_m * width * 2
-    slot = (config.block_m + held_columns(config.block_n, b_k_major)) * config.block_k * 2
+    slot = (config.block_m + config.block_n) * config.block_k * 2
     room = shared_memory - 1024
     stages = min(config.num_stages, (room - piece) // slot)
     return stages, min(config.block_n // width, (room - stages * slot) // piece)
@@ -191,7 +190,7 @@ def gemm_hopper(
     a_k_major, b_k_major = a.stride(2) == 1, b.stride(1) == 1
     a_desc = _descriptor(a, rows, config.block_k)
     b_desc = _descriptor(b.mT, box_of(config.block_n, b_k_major), config.block_k)
-    stages, buffers = ring_and_staging(config, b_k_major, device.shared_memory)
+    stages, buffers = ring_and_staging(config, device.shared_memory)
     share = shares(batch, M, N, K, config, device.num_sms)
     flags = workspace = partial_desc = None
     if share.divided:

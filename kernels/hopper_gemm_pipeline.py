@@ -24,7 +24,11 @@ from triton_only_backend.kernels.stream_k import (
     take_piece,
 )
 from triton_only_backend.kernels.tma_ring import advance, load_tile, slot_before, store_tile
-from triton_only_backend.kernels.wide_mma import multiply_pieces, wait_for_pieces
+from triton_only_backend.kernels.wide_mma import (
+    columns_of_box,
+    multiply_pieces,
+    wait_for_pieces,
+)
 
 
 @gluon.constexpr_function
@@ -35,21 +39,15 @@ def piece_of(BLOCK_N):
 
 @gluon.constexpr_function
 def box_of(BLOCK_N, K_MAJOR):
-    """The columns of a tile that are copied at a time: a power of two, 128 bytes where they lie
-    side by side."""
-    return BLOCK_N & -BLOCK_N if K_MAJOR else 64
+    """The columns of a tile that are copied at a time: a power of two, 128 or 64 bytes where they
+    lie side by side."""
+    return BLOCK_N & -BLOCK_N if K_MAJOR else columns_of_box(BLOCK_N)
 
 
 @gluon.constexpr_function
 def boxes_of(BLOCK_N, K_MAJOR):
     """How many boxes a tile's columns take."""
-    return -(-BLOCK_N // box_of(BLOCK_N, K_MAJOR))
-
-
-@gluon.constexpr_function
-def held_columns(BLOCK_N, K_MAJOR):
-    """The columns that a slot of the ring holds: a tile's, in whole boxes."""
-    return box_of(BLOCK_N, K_MAJOR) * boxes_of(BLOCK_N, K_MAJOR)
+    return BLOCK_N // box_of(BLOCK_N, K_MAJOR)
 
 
 @gluon.jit
@@ -62,12 +60,10 @@ def copy_box(desc, matrix, row, k, arrived, buffer, K_MAJOR: gl.constexpr):
 
 @gluon.jit
 def expect_step(
-    full, slot,
-    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, B_K_MAJOR: gl.constexpr,
+    full, slot, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr
 ):  # fmt: skip
     """Says how much is to arrive in a slot."""
-    COLUMNS: gl.constexpr = held_columns(BLOCK_N, B_K_MAJOR)
-    mbarrier.expect(full.index(slot), (BLOCK_M + COLUMNS) * BLOCK_K * 2)
+    mbarrier.expect(full.index(slot), (BLOCK_M + BLOCK_N) * BLOCK_K * 2)
 
 
 @gluon.jit
@@ -110,7 +106,7 @@ def copy(
         matrix, pid_m, pid_n = place_of(tile, grid_m, grid_n, GROUP_M)
         filled = gl.minimum(last - first, STAGES)
         for i in range(0, filled):
-            expect_step(full, i, BLOCK_M, BLOCK_N, BLOCK_K, B_K_MAJOR)
+            expect_step(full, i, BLOCK_M, BLOCK_N, BLOCK_K)
             k = (first + i) * BLOCK_K
             copy_b(b_desc, b_ring, full, i, matrix, pid_n, k, BLOCK_N, B_K_MAJOR)
     wait_for_producers(PDL)
@@ -121,7 +117,7 @@ def copy(
             k = step * BLOCK_K
             mbarrier.wait(empty.index(slot), phase)
             if not EARLY or filled == 0:
-                expect_step(full, slot, BLOCK_M, BLOCK_N, BLOCK_K, B_K_MAJOR)
+                expect_step(full, slot, BLOCK_M, BLOCK_N, BLOCK_K)
             copy_a(a_desc, a_ring, full, slot, matrix, pid_m, k, BLOCK_M, A_K_MAJOR)
             if not EARLY or filled == 0:
                 copy_b(b_desc, b_ring, full, slot, matrix, pid_n, k, BLOCK_N, B_K_MAJOR)
@@ -216,7 +212,6 @@ def multiply(
     With ALTERNATE the ring must hold all of a tile: a slot is free when both have had their turn.
     """
     ROWS: gl.constexpr = BLOCK_M // CONSUMERS
-    COLUMNS: gl.constexpr = held_columns(BLOCK_N, B_K_MAJOR)
     grid_m = gl.cdiv(M, BLOCK_M)
     grid_n = gl.cdiv(N, BLOCK_N)
     tiles = batch * grid_m * grid_n
@@ -254,7 +249,7 @@ def multiply(
             mbarrier.wait(full.index(slot), phase)
             pieces = multiply_pieces(
                 pieces, a_address + (slot * CONSUMERS + INDEX) * (ROWS * BLOCK_K * 2),
-                b_address + slot * (COLUMNS * BLOCK_K * 2), a_ring.dtype, BLOCK_K, A_K_MAJOR,
+                b_address + slot * (BLOCK_N * BLOCK_K * 2), a_ring.dtype, BLOCK_K, A_K_MAJOR,
                 B_K_MAJOR,
             )  # fmt: skip
             # The step before has been multiplied: its slot may be filled again.

@@ -98,6 +98,13 @@ def shared_addresses(first, second):
 
 
 @gluon.constexpr_function
+def columns_of_box(columns):
+    """How many of a matrix's columns that lie side by side are swizzled together: 128 bytes, or 64
+    where that would hold some that nobody multiplies."""
+    return 64 if columns % 64 == 0 else 32
+
+
+@gluon.constexpr_function
 def _constraints(registers, copies):
     """Of asm that changes so many registers in place, and reads so many others."""
     outs = ["=f"] * registers
@@ -112,9 +119,11 @@ def _multiplication(rows, columns, pieces, block_k, dtype, a_k_major, b_k_major)
     each = rows * columns // 128 // pieces  # registers of a piece
     a, b = 2 * each * pieces, (2 * pieces + 1) * each
     # 8 of what lies across a matrix's 128-byte rows are 1024 bytes from the next 8; 64 columns that
-    # lie along those rows 8192 from the next 64.
-    upper, b_flags = 0x40000040, 0 if b_k_major else 512 << 16
+    # lie along those rows 8192 from the next 64. Of 64-byte rows both are half.
+    upper, b_upper, b_flags = 0x40000040, 0x40000040, 0 if b_k_major else 512 << 16
     a_step, b_step = (2 if a_k_major else 128), (2 if b_k_major else 128)  # 16 of K, 16 bytes each
+    if not b_k_major and columns_of_box(columns) == 32:
+        b_upper, b_flags, b_step = 0x80000020, 256 << 16, 64
     steps = block_k // 16
     lines = [
         "{",
@@ -122,7 +131,7 @@ def _multiplication(rows, columns, pieces, block_k, dtype, a_k_major, b_k_major)
         f".reg .b64 a<{rows // 64 * steps}>, b<{steps}>;",
         f"mov.b64 a0, {{${a}, {upper}}};",
         f"add.u32 low, ${b}, {b_flags};",
-        f"mov.b64 b0, {{low, {upper}}};",
+        f"mov.b64 b0, {{low, {b_upper}}};",
     ]
     # Of 64 bits: lower halves alone ptxas computes in the same registers for each instruction,
     # which waits for the one before to have read them (16 × 128 × 256 × 4096: 45.8 µs for 42.3).
@@ -162,8 +171,9 @@ def multiply_pieces(
 
     Args:
         a_address: in shared memory, of ROWS of BLOCK_K, 64 or 128 of them, swizzled by 128 bytes.
-        b_address: of at least as many rows as the pieces have columns.
+        b_address: of as many rows as the pieces have columns, likewise.
         A_K_MAJOR: rows are contiguous along K; else there are BLOCK_K of 64, and then the next 64.
+        B_K_MAJOR: likewise; else of 64, or of 32 swizzled by 64 bytes, see `columns_of_box`.
     """
     COUNT: gl.constexpr = len(pieces)
     ROWS: gl.constexpr = pieces[0].shape[0]
