@@ -117,7 +117,8 @@ def select_product_ring(
         return None
     sms = hardware.num_sms
     config = _folded(M, N, K, sms) if k_contiguous else None
-    if config is None and not (k_contiguous and M <= 2):
+    # `gemv` reads rows 16 bytes times an odd number apart an element at a time.
+    if config is None and not (k_contiguous and M <= 2 and K % 16 == 0):
         config = _unfolded(M, N, K, sms)
     return None if config is None else deepest_ring(M, K, config, hardware)
 
@@ -161,8 +162,8 @@ def _unfolded(M: int, N: int, K: int, sms: int) -> RingConfig | None:
     that lies along N: 8 × 4096 × 4096 9.8 (11.2), 8 × 2560 × 10240 14.2 (18.3), 8 × 14336 × 4096
     27.5 (29.5), two programs a multiprocessor.
     """
-    tiles, steps = math.ceil(N / 64), K // 128
-    if K % 128 > 0 or (M > 32 and 2 * N * K > _RING_BYTES):
+    tiles, steps = math.ceil(N / 64), math.ceil(K / 128)
+    if M > 32 and 2 * N * K > _RING_BYTES:
         return None
     split_k = max(1, min(sms // tiles, steps // _PART_STEPS, _MOST_PARTS))
     if 3 * tiles * split_k < sms and _PROGRAM_BYTES * split_k < 2 * (64 + M) * K:
@@ -174,7 +175,7 @@ def _unfolded(M: int, N: int, K: int, sms: int) -> RingConfig | None:
             return None
         split_k = 2
     shared = 4 * tiles <= sms or sms < tiles <= 2 * sms
-    return RingConfig(64, 0, 2 if M <= 16 and shared else 1, split_k)
+    return RingConfig(64, 0, 2 if M <= 16 and shared else 1, min(split_k, steps))
 
 
 def deepest_ring(M: int, K: int, config: RingConfig, hardware: Hardware) -> RingConfig | None:
@@ -189,7 +190,10 @@ def ring_fits(M: int, K: int, config: RingConfig, hardware: Hardware) -> bool:
     """Whether the ring computes a product with one weight so: wgmma's shapes, and the memory."""
     if config.tile not in (16, 32, 64, 128) or not 0 < M <= RING_PRODUCT_ROWS:
         return False
-    if K % config.step > 0 or not 0 < config.split_k <= K // config.step:
+    # Runs that lie above one another must end where K does; of one alone the last is filled up.
+    if config.fold > 1 and K % config.step > 0:
+        return False
+    if not 0 < config.split_k <= math.ceil(K / config.step):
         return False
     columns = config.fold * config.rows(M)
     x_bytes = 2 * config.step * config.rows(M)

@@ -30,25 +30,36 @@ def matrices_of(TILE, GATED):
 
 
 @gluon.jit
+def load_runs(desc, run, row, arrived, buffer, FOLD: gl.constexpr):
+    """Asks for FOLD runs of K of as many rows as the descriptor `lines_of` has."""
+    if FOLD == 1:
+        load_tile(desc, [0, row, run * RUN], arrived, buffer)
+    else:
+        load_tile(desc, [run, row, 0], arrived, buffer)
+
+
+@gluon.jit
 def copy_weights(
     weight_descs, columns, tile, step, ring, slot, arrived,
     TILE: gl.constexpr, GATED: gl.constexpr, K_MAJOR: gl.constexpr,
 ):  # fmt: skip
-    """Asks for a tile's two boxes at a step: one of each weight, or neighbours along N or K."""
+    """Asks for a tile's two boxes at a step: one of each weight, or neighbours along N or K.
+
+    Of one run alone the last may end behind K, and is filled up with zeros.
+    """
     FOLD: gl.constexpr = runs_of(TILE)
     BOXES: gl.constexpr = 2 // matrices_of(TILE, GATED)
     if GATED:
         for i in gl.static_range(2):
-            load_tile(
-                weight_descs[i], [step * FOLD, tile * TILE, 0], arrived, ring.index(slot * 2 + i)
-            )
+            buffer = ring.index(slot * 2 + i)
+            load_runs(weight_descs[i], step * FOLD, tile * TILE, arrived, buffer, FOLD)
     elif TILE > 64 or not K_MAJOR:
         for i in gl.static_range(2):
             run = step * BOXES + i % BOXES
             row = tile * TILE + i // BOXES * 64
             buffer = ring.index(slot * 2 + i)
             if K_MAJOR:
-                load_tile(weight_descs[0], [run, row, 0], arrived, buffer)
+                load_runs(weight_descs[0], run, row, arrived, buffer, FOLD)
             else:
                 load_tile(weight_descs[0], [0, run * RUN, row], arrived, buffer)
     else:
@@ -57,10 +68,8 @@ def copy_weights(
             tiles = gl.cdiv(columns[i], TILE)
             if tile >= first and tile < first + tiles:
                 for j in gl.static_range(2):
-                    load_tile(
-                        weight_descs[i], [(step * BOXES + j) * FOLD, (tile - first) * TILE, 0],
-                        arrived, ring.index(slot * 2 + j),
-                    )  # fmt: skip
+                    run, row = (step * BOXES + j) * FOLD, (tile - first) * TILE
+                    load_runs(weight_descs[i], run, row, arrived, ring.index(slot * 2 + j), FOLD)
             first += tiles
 
 
@@ -68,7 +77,7 @@ def copy_weights(
 def copy_x(x_desc, step, x_ring, slot, arrived, FOLD: gl.constexpr, BOXES: gl.constexpr):
     for j in gl.static_range(BOXES):
         box = x_ring.index(slot * BOXES + j)
-        load_tile(x_desc, [(step * BOXES + j) * FOLD, 0, 0], arrived, box)
+        load_runs(x_desc, (step * BOXES + j) * FOLD, 0, arrived, box, FOLD)
 
 
 @gluon.jit

@@ -108,7 +108,7 @@ def ring_linear_kernel(
     if not GATED:
         for i in gl.static_range(1, len(columns)):
             tiles += gl.cdiv(columns[i], TILE)
-    steps = K // (RUN * FOLD * BOXES)
+    steps = gl.cdiv(K, RUN * FOLD * BOXES)
     gl.warp_specialize(
         [
             (
@@ -134,13 +134,18 @@ def ring_linear_kernel(
 
 
 def lines_of(matrix: torch.Tensor, fold: int, rows: int) -> TensorDescriptor:
-    """A descriptor of (R, K) that loads `fold` runs of K of `rows` rows, run by run."""
+    """A descriptor of (R, K) that loads `fold` runs of K of `rows` rows, run by run.
+
+    More than one only if 64 divides K: what is behind K is the next row's.
+    """
     R, K = matrix.shape
     # A single row's stride may be anything; the descriptor wants a multiple of 16 bytes.
     stride = matrix.stride(0) if R > 1 else K
     layout = gl.NVMMASharedLayout(128, 16, rank=3)
-    shape, block = [K // RUN.value, R, RUN.value], [fold, rows, RUN.value]
-    return TensorDescriptor(matrix, shape, [RUN.value, stride, 1], block, layout)
+    shape, strides = [K // RUN.value, R, RUN.value], [RUN.value, stride, 1]
+    if fold == 1:
+        shape, strides = [1, R, K], [R * stride, stride, 1]
+    return TensorDescriptor(matrix, shape, strides, [fold, rows, RUN.value], layout)
 
 
 def columns_of(weight: torch.Tensor) -> TensorDescriptor:

@@ -89,6 +89,7 @@ SAMPLE: list[Call] = [
         (16, 14336, 4096, "bfloat16", "nn", "wide multiplier residual"),
         (64, 1000, 1024, "bfloat16", "nn", "residual"),
         (64, 1000, 1000, "bfloat16", "nn", "residual"),
+        (64, 1000, 1000, "bfloat16", "tn", "residual"),
         (64, 4096, 4096, "bfloat16", "nn", "silu"),
         (1000, 5333, 495, "float32", "nt", ""),
         (2, 5333, 495, "bfloat16", "nn", "residual"),

@@ -139,7 +139,6 @@ def test_plain_products_that_others_do_faster(M, N, K, kernel):
         (product(4, 6144, 4096), A100),
         (product(4, 6144, 4096, batch=2), H200),
         (product(2 * RING_PRODUCT_ROWS, 6144, 4096), H200),
-        (product(4, 6144, 4096 + 64), H200),
         (GemmProblem(1, 4, 6144, 4096, 4, False, True, True), H200),
         (GemmProblem(1, 4, 6144, 4096, 2, False, True, True, aligned=False), H200),
     ],
@@ -162,6 +161,8 @@ def test_products_that_it_does_not_compute(problem, device):
         (32, 10240, 8192, True, 2),  # a second wave of 28 tiles
         (8, 4096, 4096, False, 2),
         (1, 2560, 10240, False, 3),
+        (4, 6144, 4096 + 8, True, 1),  # a last step that is not whole
+        (4, 4160, 11272, True, 2),  # rows 16 bytes times an odd number apart
     ],
 )
 def test_tiles_that_are_divided(M, N, K, k_contiguous, split_k):
@@ -172,6 +173,14 @@ def test_tiles_that_are_divided(M, N, K, k_contiguous, split_k):
     else:
         assert (config.kernel, config.block_n, config.split_k) == ("ring_linear", 64, split_k)
         assert supports(problem, config, H200)
+
+
+@pytest.mark.parametrize("tile", [16, 32, 64, 128])
+@pytest.mark.parametrize("K", [520, 4096, 4096 + 64])
+def test_runs_above_one_another_end_where_k_does(K, tile):
+    config = with_ring(4, RingConfig(tile, 3))
+    whole = K % config.block_k == 0
+    assert supports(product(4, 4096, K), config, H200) == (whole or tile >= 64)
 
 
 @pytest.mark.parametrize("tile", [16, 32, 64, 128])
@@ -211,7 +220,9 @@ def test_products_against_fp64(M, N, K, dtype):
 @pytest.mark.parametrize(("tile", "stages"), [(64, 7), (64, 3), (128, 9), (32, 4)])
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
 @pytest.mark.parametrize("M", [1, 5, 16, 32, 64])
-@pytest.mark.parametrize(("N", "K"), [(4096, 4096), (1000, 1024), (2117, 1792)])
+@pytest.mark.parametrize(
+    ("N", "K"), [(4096, 4096), (1000, 1024), (2117, 1792), (1352, 1000), (520, 11272)]
+)
 def test_parts_of_products_against_fp64(M, N, K, dtype, tile, stages):
     for split_k in (1, 2, 3, 6):
         ring = RingConfig(tile, stages, 2 if stages < 5 else 1, split_k)
