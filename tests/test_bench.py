@@ -104,8 +104,12 @@ def test_timing_needs_a_gpu() -> None:
 def test_measured_time_is_that_of_a_copy() -> None:
     source = torch.ones(1 << 28, device="cuda")
     target = torch.empty_like(source)
-    once = timing.measure([lambda: target.copy_(source)], reps=1)
-    assert timing.measure([lambda: target.copy_(source)], reps=8) == pytest.approx(once, rel=0.3)
+
+    def least(reps: int) -> float:  # other processes may be using the GPU
+        return min(timing.measure([lambda: target.copy_(source)], reps=reps) for _ in range(5))
+
+    once = least(1)
+    assert least(8) == pytest.approx(once, rel=0.3)
     assert 1e6 * 2**31 / once < 20e12  # bytes a second: no graph was empty
 
 

@@ -11,6 +11,13 @@ import torch.nn.functional as F
 import triton_only_backend  # noqa: F401
 
 
+@pytest.fixture(autouse=True)
+def whole_float32():
+    """cuDNN's convolutions round float32 to TF32 unless told not to."""
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield
+
+
 def before(y, value=0.0):
     """What padding has before the first of one column: the same kernel computes y and reads it."""
     return y, F.pad(y, (2, 1), value=value)[..., :1] * 3

@@ -72,6 +72,11 @@ def tensors(name, device="cpu"):
     return [torch.randn(shape, device=device) for shape in shapes]
 
 
+def strides(tensor):
+    """Those that say where something lies: a size of 1 has any (cuDNN's gradients others)."""
+    return [n for size, n in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_the_pass_is_sound(name):
     testing.assert_pass(
@@ -108,7 +113,7 @@ def test_compiled_forward_and_backward(name, dynamic, device):
         y = call(*inputs)
         results.append([y, *torch.autograd.grad(y, inputs, torch.ones_like(y))])
     for ours, eager, exact in zip(*results, strict=True):
-        assert ours.stride() == eager.stride()
+        assert strides(ours) == strides(eager)
         limit = 3 * (eager - exact).norm() + 1e-7 * exact.norm()
         assert (ours - exact).norm() <= limit
 
