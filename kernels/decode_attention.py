@@ -28,6 +28,7 @@ from triton_only_backend.kernels.dependent_launch import (
     release_dependents,
     wait_for_producers,
 )
+from triton_only_backend.kernels.eights import eights_of_heads, in_eights
 from triton_only_backend.kernels.sizes import next_power_of_2, padded_head_dim
 from triton_only_backend.kernels.split_kv import (
     attend_split,
@@ -62,8 +63,14 @@ def decode_attention_kernel(
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, SCAN_TILES: tl.constexpr,
     IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, MASK_IS_BOOL: tl.constexpr,
     ONE_MASK_ROW: tl.constexpr, IS_SPLIT: tl.constexpr, EVEN_N: tl.constexpr, EVEN_D: tl.constexpr,
-    EVEN_DV: tl.constexpr, PRECISION: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr,
+    EVEN_DV: tl.constexpr, PRECISION: tl.constexpr, PREFETCH: tl.constexpr, EIGHTS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
+    head_dim, head_dim_v = in_eights((head_dim, head_dim_v), EIGHTS)
+    q_strides = in_eights(q_strides, EIGHTS >> 2)
+    k_strides = in_eights(k_strides, EIGHTS >> 6)
+    v_strides = in_eights(v_strides, EIGHTS >> 10)
+    out_strides = in_eights(out_strides, EIGHTS >> 14)
     num_rows = group_size * len_q
     batch_head = tl.program_id(0)
     split = tl.program_id(1)
@@ -260,6 +267,7 @@ def decode_attention(
         EVEN_N=len_kv % config.block_n == 0, EVEN_D=head_dim == block_d,
         EVEN_DV=head_dim_v == block_dv, PRECISION=precision,
         PREFETCH=prefetch(key, value, config, device),
+        EIGHTS=eights_of_heads((head_dim, head_dim_v), query, key, value, out),
         num_warps=config.num_warps, num_stages=config.num_stages, **launch_options(device),
     )  # fmt: skip
     if splits.num_splits > 1 and splits.counters is None:

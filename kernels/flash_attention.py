@@ -43,6 +43,7 @@ from triton_only_backend.kernels.attention_tiles import (
     tile_and_head,
     visible_end,
 )
+from triton_only_backend.kernels.eights import eights_of_heads, in_eights
 from triton_only_backend.kernels.mask_spans import broadcast_mask_spans, span_of_tile
 from triton_only_backend.kernels.sizes import next_power_of_2, padded_head_dim
 from triton_only_backend.kernels.tma_layout import tma_can_load, tma_descriptor
@@ -143,8 +144,13 @@ def flash_attention_kernel(
     tl.constexpr, EVEN_DV: tl.constexpr, USE_TMA: tl.constexpr, PRECISION: tl.constexpr,
     window_left=None, window_right=None, softcap=None, seed_ptr=None, drop_below=None,
     keep_scale=None, cu_seqlens_q_ptr=None, cu_seqlens_k_ptr=None,
-    spans_ptr=None, spans_strides=None, SPAN_CHUNKS: tl.constexpr = 1,
+    spans_ptr=None, spans_strides=None, SPAN_CHUNKS: tl.constexpr = 1, EIGHTS: tl.constexpr = 0,
 ):  # fmt: skip
+    head_dim, head_dim_v = in_eights((head_dim, head_dim_v), EIGHTS)
+    stride_qb, stride_qh, stride_qm = in_eights((stride_qb, stride_qh, stride_qm), EIGHTS >> 2)
+    stride_kb, stride_kh, stride_kn = in_eights((stride_kb, stride_kh, stride_kn), EIGHTS >> 6)
+    stride_vb, stride_vh, stride_vn = in_eights((stride_vb, stride_vh, stride_vn), EIGHTS >> 10)
+    stride_ob, stride_oh, stride_om = in_eights((stride_ob, stride_oh, stride_om), EIGHTS >> 14)
     num_tiles = tl.cdiv(len_q, BLOCK_M)
     tile, batch_head = tile_and_head(tl.program_id(0), num_tiles, batch_heads, section_heads)
     start_m = (num_tiles - 1 - tile) * BLOCK_M
@@ -319,5 +325,6 @@ def flash_attention(
         PRECISION=precision, **modifiers.kernel_arguments(), spans_ptr=spans,
         spans_strides=None if spans is None else spans.stride()[:4],
         SPAN_CHUNKS=1 if spans is None else next_power_of_2(spans.shape[3]),
+        EIGHTS=eights_of_heads((head_dim, head_dim_v), query, key, value, out),
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip

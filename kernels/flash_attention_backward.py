@@ -30,6 +30,7 @@ import triton.language as tl
 from triton_only_backend.kernels import attention_modifiers
 from triton_only_backend.kernels.attention_backward_configs import backward_without_tma
 from triton_only_backend.kernels.attention_tiles import LOG2E
+from triton_only_backend.kernels.eights import eights_of_heads, in_eights
 from triton_only_backend.kernels.flash_attention import heads_in_cache
 from triton_only_backend.kernels.key_value_gradient import key_value_gradient_kernel
 from triton_only_backend.kernels.query_gradient import query_gradient_kernel
@@ -46,7 +47,13 @@ def row_statistics_kernel(
     out_ptr, grad_out_ptr, lse_ptr, delta_ptr, lse2_ptr, stride_ob, stride_oh, stride_om, stride_od,
     stride_gob, stride_goh, stride_gom, stride_god, stride_lse_b, stride_lse_h, stride_lse_m,
     num_rows, num_heads, len_q, head_dim_v, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr,
+    EIGHTS: tl.constexpr,
 ):  # fmt: skip
+    (head_dim_v,) = in_eights((head_dim_v,), EIGHTS)
+    stride_ob, stride_oh, stride_om = in_eights((stride_ob, stride_oh, stride_om), EIGHTS >> 1)
+    stride_gob, stride_goh, stride_gom = in_eights(
+        (stride_gob, stride_goh, stride_gom), EIGHTS >> 5
+    )
     row = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     offs_dv = tl.arange(0, BLOCK_DV).to(tl.int64)
     row_valid = row < num_rows
@@ -119,7 +126,7 @@ def flash_attention_backward(
         row_statistics_kernel[(triton.cdiv(num_rows, config.block_delta),)](
             out, grad_out, lse, delta, lse2, *out.stride(), *grad_out.stride(), *lse.stride(),
             num_rows, num_heads, len_q, head_dim_v, BLOCK_M=config.block_delta, BLOCK_DV=block_dv,
-            num_warps=4,
+            EIGHTS=eights_of_heads((head_dim_v,), out, grad_out), num_warps=4,
         )  # fmt: skip
 
     total_q = None
@@ -133,6 +140,7 @@ def flash_attention_backward(
         *mask.stride(),
         *grad_out.stride(),
     )
+    inputs = (query, key, value, grad_out)
     sizes = (group_size, len_q, len_kv, head_dim, head_dim_v)
     flags = {
         "BLOCK_D": block_d,
@@ -157,7 +165,8 @@ def flash_attention_backward(
             delta, grad_key, grad_value, *input_strides, *grad_key.stride(), *grad_value.stride(),
             scale, batch * num_kv_heads, num_kv_heads, *sizes, heads_in_cache(group_size * len_q *
             row_bytes, 1, batch * num_kv_heads), BLOCK_M=config.block_m1, BLOCK_N=config.block_n1,
-            EVEN_M=len_q % config.block_m1 == 0 and not modifiers.is_packed, **flags,
+            EVEN_M=len_q % config.block_m1 == 0 and not modifiers.is_packed,
+            EIGHTS=eights_of_heads((head_dim, head_dim_v), *inputs, grad_key, grad_value), **flags,
         )  # fmt: skip
     if grad_query.numel() > 0:
         query_tiles = triton.cdiv(len_q, config.block_m2)
@@ -167,5 +176,6 @@ def flash_attention_backward(
             lse2, delta, grad_query, *input_strides, *grad_query.stride(), scale, batch * num_heads,
             num_heads, *sizes, heads_in_cache(len_kv * row_bytes, group_size, batch * num_heads),
             BLOCK_M=config.block_m2, BLOCK_N=config.block_n2, EVEN_N=len_kv % config.block_n2 == 0
-            and not modifiers.is_packed, **flags,
+            and not modifiers.is_packed,
+            EIGHTS=eights_of_heads((head_dim, head_dim_v), *inputs, grad_query), **flags,
         )  # fmt: skip

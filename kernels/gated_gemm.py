@@ -23,6 +23,7 @@ from triton_only_backend.kernels.dependent_launch import (
     release_dependents,
     wait_for_producers,
 )
+from triton_only_backend.kernels.eights import eights, in_eights
 from triton_only_backend.kernels.epilogue import (
     NO_EPILOGUE,
     Epilogue,
@@ -72,9 +73,11 @@ def gated_gemm_kernel(
     epilogue,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     EVEN_K: tl.constexpr, ACTIVATION: tl.constexpr, SWAP: tl.constexpr, WIDE: tl.constexpr,
-    PDL: tl.constexpr,
+    EIGHTS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     wait_for_producers(PDL)
+    K, stride_xm, stride_gn, stride_un = in_eights((K, stride_xm, stride_gn, stride_un), EIGHTS)
+    N, stride_om = in_eights((N, stride_om), EIGHTS >> 4)
     grid_m = tl.cdiv(M, BLOCK_M)
     grid_n = tl.cdiv(N, BLOCK_N)
     pid_m, pid_n = grouped_tile(tl.program_id(0), grid_m, grid_n, GROUP_M)
@@ -189,15 +192,16 @@ def gated_gemm(
     gate_bias, up_bias = biases or (None, None)
     tiles = triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n)
     if not config.tma:
+        strides = (x.stride(0), *(weight.stride(0) for weight in weights))
         gated_gemm_kernel[(tiles,)](
             x, *weights, gate_bias, up_bias, out,
             M, N, K,
-            x.stride(0), *(weight.stride(0) for weight in weights), out.stride(0),
+            *strides, out.stride(0),
             epilogue.arguments,
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
             GROUP_M=config.group_m, EVEN_K=K % config.block_k == 0,
             ACTIVATION=epilogue.activation, SWAP=config.swap,
-            WIDE=can_overflow_int32(x, *weights),
+            WIDE=can_overflow_int32(x, *weights), EIGHTS=eights(K, *strides, N, out.stride(0)),
             num_warps=config.num_warps, num_stages=config.num_stages,
             **launch_options(device),
         )  # fmt: skip

@@ -29,6 +29,7 @@ from triton_only_backend.kernels.dependent_launch import (
     release_dependents,
     wait_for_producers,
 )
+from triton_only_backend.kernels.eights import eights, in_eights
 from triton_only_backend.kernels.epilogue import (
     NO_EPILOGUE,
     Epilogue,
@@ -78,9 +79,13 @@ def gemm_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr, SPLIT_K: tl.constexpr, EVEN_K: tl.constexpr,
     HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, WIDE: tl.constexpr,
-    PRECISION: tl.constexpr, PDL: tl.constexpr,
+    PRECISION: tl.constexpr, EIGHTS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     wait_for_producers(PDL)
+    M, N, K = in_eights((M, N, K), EIGHTS)
+    stride_ab, stride_am, stride_ak = in_eights((stride_ab, stride_am, stride_ak), EIGHTS >> 3)
+    stride_bb, stride_bk, stride_bn = in_eights((stride_bb, stride_bk, stride_bn), EIGHTS >> 6)
+    stride_cb, stride_cm, stride_cn = in_eights((stride_cb, stride_cm, stride_cn), EIGHTS >> 9)
     grid_m = tl.cdiv(M, BLOCK_M)
     grid_n = tl.cdiv(N, BLOCK_N)
     tiles = grid_m * grid_n
@@ -168,6 +173,12 @@ def gemm(
     N = b.shape[2]
     split_k = config.split_k
     operands = (a, b, out, *(() if bias is None else (bias,)), *epilogue.tensors)
+    # Of those along which something lies; rows come in any number, each of which would compile.
+    lengths = (
+        M if 1 in (a.stride(1), product.strides[2]) else 0,
+        N if 1 in (b.stride(2), product.strides[3]) else 0,
+        K,
+    )
     tiles = triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n)
     gemm_kernel[(tiles * batch, split_k)](
         a, b, a if bias is None else bias, product.target,
@@ -181,6 +192,7 @@ def gemm(
         GROUP_M=config.group_m, SPLIT_K=split_k, EVEN_K=K % (config.block_k * split_k) == 0,
         HAS_BIAS=bias is not None and split_k == 1, ACTIVATION=epilogue.activation,
         WIDE=can_overflow_int32(*operands), PRECISION=precision,
+        EIGHTS=eights(*lengths, *a.stride(), *b.stride(), *product.strides[1:]),
         num_warps=config.num_warps, num_stages=config.num_stages,
         **launch_options(hardware.of(out.device)),
     )  # fmt: skip

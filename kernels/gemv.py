@@ -25,6 +25,7 @@ from triton_only_backend.kernels.dependent_launch import (
     release_dependents,
     wait_for_producers,
 )
+from triton_only_backend.kernels.eights import eights, in_eights
 from triton_only_backend.kernels.epilogue import NO_EPILOGUE, Epilogue, apply_epilogue
 from triton_only_backend.kernels.gemm import can_overflow_int32
 from triton_only_backend.kernels.split_k import arrange, reduce_partials
@@ -146,9 +147,13 @@ def gemv_kernel(
     alpha, beta, epilogue,
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr,
     LANE: tl.constexpr, K_MAJOR: tl.constexpr, EVEN_K: tl.constexpr, HAS_BIAS: tl.constexpr,
-    ACTIVATION: tl.constexpr, WIDE: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    ACTIVATION: tl.constexpr, WIDE: tl.constexpr, STAGES: tl.constexpr, EIGHTS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     wait_for_producers(PDL)
+    N, K = in_eights((N, K), EIGHTS)
+    stride_ab, stride_am, stride_ak = in_eights((stride_ab, stride_am, stride_ak), EIGHTS >> 2)
+    stride_bb, stride_bk, stride_bn = in_eights((stride_bb, stride_bk, stride_bn), EIGHTS >> 5)
     tiles = tl.cdiv(N, BLOCK_N)
     pid = tl.program_id(0)
     split = tl.program_id(1)
@@ -242,7 +247,8 @@ def gemv(
         LANE=along_k, K_MAJOR=k_major, EVEN_K=K % (config.block_k * split_k) == 0,
         HAS_BIAS=bias is not None and split_k == 1, ACTIVATION=epilogue.activation,
         WIDE=can_overflow_int32(a, b, out, *(() if bias is None else (bias,)), *epilogue.tensors),
-        STAGES=config.num_stages, num_warps=config.num_warps,
+        STAGES=config.num_stages, EIGHTS=eights(N, K, *a.stride(), *b.stride()),
+        num_warps=config.num_warps,
         **launch_options(hardware.of(out.device)),
     )  # fmt: skip
     if split_k > 1:

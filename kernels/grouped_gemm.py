@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING
 import triton
 import triton.language as tl
 
+from triton_only_backend.kernels.eights import eights, in_eights
+
 if TYPE_CHECKING:
     import torch
 
@@ -76,8 +78,11 @@ def grouped_rows_kernel(
     stride_bg, stride_bk, stride_bn,
     stride_cm, stride_cn,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_G: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, EIGHTS: tl.constexpr,
 ):  # fmt: skip
+    N, K, stride_am, stride_ak = in_eights((N, K, stride_am, stride_ak), EIGHTS)
+    stride_bg, stride_bk, stride_bn = in_eights((stride_bg, stride_bk, stride_bn), EIGHTS >> 4)
+    stride_cm, stride_cn = in_eights((stride_cm, stride_cn), EIGHTS >> 7)
     group, row, end = tile_of_group(tl.program_id(0), offs_ptr, M, G, BLOCK_M, BLOCK_G)
     if group > G:
         return
@@ -162,6 +167,7 @@ def grouped_rows(
         *a.stride(), *b.stride(), *out.stride(),
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
         BLOCK_G=triton.next_power_of_2(G + 2), PRECISION=precision,
+        EIGHTS=eights(N, K, *a.stride(), *b.stride(), *out.stride()),
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
 

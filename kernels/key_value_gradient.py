@@ -19,6 +19,7 @@ from triton_only_backend.kernels.attention_tiles import (
     tanh,
     tile_and_head,
 )
+from triton_only_backend.kernels.eights import in_eights
 from triton_only_backend.kernels.flash_attention import LENGTHS, SMALL_TENSORS
 
 
@@ -34,8 +35,21 @@ def key_value_gradient_kernel(
     tl.constexpr, MASK_IS_BOOL: tl.constexpr, EVEN_M: tl.constexpr, EVEN_D: tl.constexpr, EVEN_DV:
     tl.constexpr, USE_TMA: tl.constexpr, PRECISION: tl.constexpr, window_left=None,
     window_right=None, softcap=None, seed_ptr=None, drop_below=None, keep_scale=None,
-    cu_seqlens_q_ptr=None, cu_seqlens_k_ptr=None, total_q=None,
+    cu_seqlens_q_ptr=None, cu_seqlens_k_ptr=None, total_q=None, EIGHTS: tl.constexpr = 0,
 ):  # fmt: skip
+    head_dim, head_dim_v = in_eights((head_dim, head_dim_v), EIGHTS)
+    stride_qb, stride_qh, stride_qm = in_eights((stride_qb, stride_qh, stride_qm), EIGHTS >> 2)
+    stride_kb, stride_kh, stride_kn = in_eights((stride_kb, stride_kh, stride_kn), EIGHTS >> 6)
+    stride_vb, stride_vh, stride_vn = in_eights((stride_vb, stride_vh, stride_vn), EIGHTS >> 10)
+    stride_gob, stride_goh, stride_gom = in_eights(
+        (stride_gob, stride_goh, stride_gom), EIGHTS >> 14
+    )
+    stride_dkb, stride_dkh, stride_dkn = in_eights(
+        (stride_dkb, stride_dkh, stride_dkn), EIGHTS >> 18
+    )
+    stride_dvb, stride_dvh, stride_dvn = in_eights(
+        (stride_dvb, stride_dvh, stride_dvn), EIGHTS >> 22
+    )
     # Under a causal mask the first keys are seen by most queries; their tiles go first.
     tile, batch_head = tile_and_head(
         tl.program_id(0), tl.cdiv(len_kv, BLOCK_N), batch_kv_heads, section_heads

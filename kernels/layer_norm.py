@@ -20,6 +20,7 @@ from triton_only_backend.kernels.dependent_launch import (
     launch_options,
     wait_for_producers,
 )
+from triton_only_backend.kernels.eights import eights, in_eights
 from triton_only_backend.kernels.sizes import next_power_of_2
 
 if TYPE_CHECKING:
@@ -66,9 +67,10 @@ def layer_norm_kernel(
     x_ptr, weight_ptr, bias_ptr, out_ptr,
     K, stride_xm, stride_xk, stride_w, stride_b, stride_om,
     eps, offset,
-    BLOCK: tl.constexpr, ONE_BLOCK: tl.constexpr, PDL: tl.constexpr,
+    BLOCK: tl.constexpr, ONE_BLOCK: tl.constexpr, EIGHTS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     wait_for_producers(PDL)
+    K, stride_xm, stride_om = in_eights((K, stride_xm, stride_om), EIGHTS)
     row = tl.program_id(0).to(tl.int64)
     x_ptr += row * stride_xm
     mean, rstd = row_statistics(x_ptr, K, stride_xk, eps, BLOCK, ONE_BLOCK)
@@ -107,6 +109,7 @@ def layer_norm(x: torch.Tensor, norm: Norm, out: torch.Tensor) -> None:
         K, *x.stride(), *(0 if t is None else t.stride(0) for t in (norm.weight, norm.bias)),
         out.stride(0),
         float(norm.eps), float(norm.offset),
-        BLOCK=block, ONE_BLOCK=block >= K, num_warps=8 if block >= 2048 else 4,
+        BLOCK=block, ONE_BLOCK=block >= K, EIGHTS=eights(K, x.stride(0), out.stride(0)),
+        num_warps=8 if block >= 2048 else 4,
         **launch_options(device),
     )  # fmt: skip

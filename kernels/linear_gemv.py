@@ -26,6 +26,7 @@ from triton_only_backend.kernels.dependent_launch import (
     release_dependents,
     wait_for_producers,
 )
+from triton_only_backend.kernels.eights import eights, in_eights
 from triton_only_backend.kernels.epilogue import (
     NO_EPILOGUE,
     Epilogue,
@@ -111,9 +112,12 @@ def linear_gemv_kernel(
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, LANE: tl.constexpr,
     K_MAJOR: tl.constexpr, EVEN_K: tl.constexpr, ROW_BLOCK: tl.constexpr, ONE_BLOCK: tl.constexpr,
     GATED: tl.constexpr, ACTIVATION: tl.constexpr, WIDE: tl.constexpr, STAGES: tl.constexpr,
-    PDL: tl.constexpr,
+    EIGHTS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
+    K, stride_am = in_eights((K, stride_am), EIGHTS)
+    strides_w = in_eights(strides_w, EIGHTS >> 2)
+    columns = in_eights(columns, EIGHTS >> 2 + len(strides_w))
     if GATED:
         linear_gemv_tile(
             a_ptr, norm_ptr, norm_bias_ptr, weights, biases, outs[0], pid, columns[0], K,
@@ -166,11 +170,13 @@ def linear_gemv(
     tiles = sum(triton.cdiv(out.shape[1], config.block_n) for out in outs)
     device = hardware.of(a.device)
     row_block = block_of_row(K, device) if norm is not None and norm.centered else None
+    strides = tuple(weight.stride(0 if config.k_major else 1) for weight in weights)
+    columns = tuple(out.shape[1] for out in outs)
     linear_gemv_kernel[(tiles,)](
         a, *((None, None) if norm is None else (norm.weight, norm.bias)),
         tuple(weights), tuple(biases) if biases else None,
-        tuple(outs), tuple(out.shape[1] for out in outs), K,
-        *a.stride(), tuple(weight.stride(0 if config.k_major else 1) for weight in weights),
+        tuple(outs), columns, K,
+        *a.stride(), strides,
         0.0 if norm is None else float(norm.eps), 0.0 if norm is None else float(norm.offset),
         epilogue.arguments,
         ROWS=M, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
@@ -178,6 +184,6 @@ def linear_gemv(
         ROW_BLOCK=row_block, ONE_BLOCK=row_block is not None and row_block >= K,
         GATED=gated, ACTIVATION=epilogue.activation,
         WIDE=can_overflow_int32(a, *weights, *epilogue.tensors), STAGES=config.num_stages,
-        num_warps=config.num_warps,
+        EIGHTS=eights(K, a.stride(0), *strides, *columns), num_warps=config.num_warps,
         **launch_options(device),
     )  # fmt: skip

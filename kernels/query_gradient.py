@@ -20,6 +20,7 @@ from triton_only_backend.kernels.attention_tiles import (
     tanh,
     tile_and_head,
 )
+from triton_only_backend.kernels.eights import in_eights
 from triton_only_backend.kernels.flash_attention import LENGTHS, SMALL_TENSORS
 
 
@@ -88,7 +89,18 @@ def query_gradient_kernel(
     tl.constexpr, EVEN_DV: tl.constexpr, USE_TMA: tl.constexpr, PRECISION: tl.constexpr,
     window_left=None, window_right=None, softcap=None, seed_ptr=None, drop_below=None,
     keep_scale=None, cu_seqlens_q_ptr=None, cu_seqlens_k_ptr=None, total_q=None,
+    EIGHTS: tl.constexpr = 0,
 ):  # fmt: skip
+    head_dim, head_dim_v = in_eights((head_dim, head_dim_v), EIGHTS)
+    stride_qb, stride_qh, stride_qm = in_eights((stride_qb, stride_qh, stride_qm), EIGHTS >> 2)
+    stride_kb, stride_kh, stride_kn = in_eights((stride_kb, stride_kh, stride_kn), EIGHTS >> 6)
+    stride_vb, stride_vh, stride_vn = in_eights((stride_vb, stride_vh, stride_vn), EIGHTS >> 10)
+    stride_gob, stride_goh, stride_gom = in_eights(
+        (stride_gob, stride_goh, stride_gom), EIGHTS >> 14
+    )
+    stride_dqb, stride_dqh, stride_dqm = in_eights(
+        (stride_dqb, stride_dqh, stride_dqm), EIGHTS >> 18
+    )
     num_tiles = tl.cdiv(len_q, BLOCK_M)
     tile, batch_head = tile_and_head(tl.program_id(0), num_tiles, batch_heads, section_heads)
     start_m = (num_tiles - 1 - tile) * BLOCK_M

@@ -18,6 +18,7 @@ from triton_only_backend.kernels.dependent_launch import (
     launch_options,
     wait_for_producers,
 )
+from triton_only_backend.kernels.eights import eights, in_eights
 from triton_only_backend.kernels.sizes import next_power_of_2
 
 if TYPE_CHECKING:
@@ -55,9 +56,10 @@ def rms_norm_kernel(
     x_ptr, weight_ptr, out_ptr,
     K, stride_xm, stride_xk, stride_w, stride_om,
     eps, offset,
-    BLOCK: tl.constexpr, ONE_BLOCK: tl.constexpr, PDL: tl.constexpr,
+    BLOCK: tl.constexpr, ONE_BLOCK: tl.constexpr, EIGHTS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     wait_for_producers(PDL)
+    K, stride_xm, stride_om = in_eights((K, stride_xm, stride_om), EIGHTS)
     row = tl.program_id(0).to(tl.int64)
     offs = tl.arange(0, BLOCK)
     x_ptrs = x_ptr + row * stride_xm + offs.to(tl.int64) * stride_xk
@@ -94,6 +96,7 @@ def rms_norm(x: torch.Tensor, norm: Norm, out: torch.Tensor) -> None:
         x, norm.weight, out,
         K, *x.stride(), norm.weight.stride(0), out.stride(0),
         float(norm.eps), float(norm.offset),
-        BLOCK=block, ONE_BLOCK=block >= K, num_warps=8 if block >= 2048 else 4,
+        BLOCK=block, ONE_BLOCK=block >= K, EIGHTS=eights(K, x.stride(0), out.stride(0)),
+        num_warps=8 if block >= 2048 else 4,
         **launch_options(device),
     )  # fmt: skip

@@ -36,12 +36,14 @@ SOURCES = {
     "gemm": (
         "gemm", "gemm_tma", "gemm_hopper", "hopper_gemm_pipeline", "stream_k", "wide_mma",
         "ring_linear", "ring_copies", "ring_pipeline", "ring_shares", "tma_ring",
-        "gemv", "split_k", "epilogue", "dependent_launch", "realign",
+        "gemv", "split_k", "epilogue", "eights", "dependent_launch", "realign",
     ),
-    "flash_attention": ("flash_attention", "attention_tiles", "mask_spans", "dependent_launch"),
+    "flash_attention": (
+        "flash_attention", "attention_tiles", "mask_spans", "eights", "dependent_launch",
+    ),
     "decode_attention": (
         "decode_attention", "split_kv", "flash_attention", "attention_tiles", "mask_spans",
-        "dependent_launch",
+        "eights", "dependent_launch",
     ),
 }  # fmt: skip
 

@@ -49,7 +49,8 @@ def compiled_as(job: Job, num_sms: int) -> Hashable:
         c, p.element_size, p.ieee, p.a_k_contiguous, p.b_k_contiguous, p.aligned, p.batch == 1,
         tiles <= num_sms * job.config.resident, c.stream_k and tiles % num_sms == 0,
         p.K % (c.block_k * c.split_k) == 0,
-        *((size == 1, size % 16 == 0) for size in (p.M, p.N, p.K)),
+        # Triton asks whether a size is 1 and whether 16 divides it, `eights` whether 8 does.
+        *((size == 1, size % 16 == 0, size % 16 == 8) for size in (p.M, p.N, p.K)),
         rows if c.kernel == "gemv" else None,
         p.K if c.kernel == "ring_linear" or c.realign or c.alternate else None,
     )  # fmt: skip
