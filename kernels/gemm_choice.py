@@ -21,7 +21,7 @@ from triton_only_backend.kernels.gemm_configs import (
     supports,
     with_ring,
 )
-from triton_only_backend.kernels.hopper_choice import fills_in_tiles, hopper_config
+from triton_only_backend.kernels.hopper_choice import hopper_config
 from triton_only_backend.kernels.realign_choice import should_realign, unaligned_gemv
 from triton_only_backend.kernels.ring_configs import select_product_ring
 from triton_only_backend.kernels.sizes import next_power_of_2
@@ -76,19 +76,15 @@ def _is_single(problem: GemmProblem, hardware: Hardware) -> bool:
 
 
 def _streams_in_tiles(problem: GemmProblem, hardware: Hardware) -> bool:
-    """Whether a weight streams faster through the copy engine, one that is contiguous along N, or
-    whose rows are 16 bytes times an odd number apart: Triton asks of a stride whether 16 divides
-    it, and if not, `gemv` reads an element at a time.
+    """Whether a weight streams faster through the copy engine: one that is contiguous along N.
 
     Measured on an H200, bf16, one row, µs (the tiled kernels' of 8 rows, cuBLAS' of one): 10240 ×
     8192 61.9 by `gemv` (40.1, 44.2), 14336 × 4096 37.2 (29.1, 30.4), 57344 × 8192 209.9 (207.9,
     204.0); of one, in batches, 64 × 1 × 128 × 2048 14.0 (9.8, 10.6), 64 × 1 × 2048 × 128 15.9
-    (12.8, 10.8). Contiguous along K, 2 × 4160 × 11272 77.5 by `gemv`, 32.1 in tiles.
+    (12.8, 10.8).
     """
     along_n = not (problem.b_k_contiguous if problem.M <= problem.N else problem.a_k_contiguous)
-    apart = problem.K % 16 > 0 and fills_in_tiles(max(problem.M, problem.N), hardware)
-    on_tensor_cores = problem.element_size == 2 and hardware.has_wgmma
-    return on_tensor_cores and (along_n or (apart and problem.batch == 1))
+    return along_n and problem.element_size == 2 and hardware.has_wgmma
 
 
 def _is_small(problem: GemmProblem, hardware: Hardware) -> bool:

@@ -27,7 +27,10 @@ _STEP_US, _REDUCTION_US = 0.45, 3.5  # of 32 along K, in place; of partial sums
 # Rows: columns, elements along K and warps of `gemv`. 3.7, 4.1 and 5.3 µs of N, K = 5333, 495, and
 # with 4 columns of 512 and a warp 4.5, 4.8 and 6.6.
 _GEMV = {1: (8, 512, 2), 2: (8, 512, 1), 4: (4, 256, 1)}
-# … where those would leave multiprocessors idle, for up to 2 rows: 2 × 448 × 5789 6.3 for 21.2.
+# … of up to 2 rows and a longer K: 2 × 21056 × 1838 25.5 for 29.9; with fewer than two programs a
+# multiprocessor: 1 × 1792 × 10393 15.5 for 26.8.
+_GEMV_OF_LONG_ROWS, _GEMV_OF_FEWER = (8, 512, 4), (8, 1024, 8)
+# … and where those would leave some idle: 2 × 448 × 5789 6.3 for 21.2.
 _GEMV_OF_FEW_COLUMNS = (4, 1024, 8)
 
 
@@ -54,7 +57,7 @@ def should_realign(problem: GemmProblem, split_k: int, hardware: Hardware) -> bo
 def unaligned_gemv(problem: GemmProblem, hardware: Hardware) -> GemmConfig | None:
     """Multiply and reduce for few rows, each element a load of its own; None where it is not for.
 
-    A warp or two a program, which reads a few rows of the weight at once: neighbouring threads read
+    A few warps a program, which reads a few rows of the weight at once: neighbouring threads read
     neighbouring elements, and so many loads are in flight that none is waited for alone.
     """
     swap = problem.N < problem.M
@@ -63,7 +66,11 @@ def unaligned_gemv(problem: GemmProblem, hardware: Hardware) -> GemmConfig | Non
     if not hardware.has_wgmma or not few or not seen.b_k_contiguous:
         return None
     block_n, block_k, warps = _GEMV[next_power_of_2(seen.M)]
-    if seen.batch * math.ceil(seen.N / block_n) < hardware.num_sms:
+    programs = seen.batch * math.ceil(seen.N / block_n)
+    if seen.M <= 2 and seen.K > 1024:
+        fewer = programs < 2 * hardware.num_sms
+        block_n, block_k, warps = _GEMV_OF_FEWER if fewer else _GEMV_OF_LONG_ROWS
+    if programs < hardware.num_sms:
         if seen.M > 2:
             return None  # 4 × 384 × 4735 takes 19.4 µs so, copied first 8.5.
         block_n, block_k, warps = _GEMV_OF_FEW_COLUMNS

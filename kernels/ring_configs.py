@@ -117,8 +117,7 @@ def select_product_ring(
         return None
     sms = hardware.num_sms
     config = _folded(M, N, K, sms) if k_contiguous else None
-    # `gemv` reads rows 16 bytes times an odd number apart an element at a time.
-    if config is None and not (k_contiguous and M <= 2 and K % 16 == 0):
+    if config is None and not (k_contiguous and M <= 2):
         config = _unfolded(M, N, K, sms)
     return None if config is None else deepest_ring(M, K, config, hardware)
 
@@ -173,7 +172,9 @@ def _unfolded(M: int, N: int, K: int, sms: int) -> RingConfig | None:
     if tiles > sms and fullness_of_waves(tiles, sms) < 0.8:
         if M > 32:
             return None
-        split_k = 2
+        # Of few steps a half costs more than the last wave: 32 × 26048 × 376 7.5 µs whole, 11.3 in
+        # halves, 4 × 20160 × 3264, of 26, 31.7 and 33.6.
+        split_k = 2 if steps >= 4 * _PART_STEPS else 1
     shared = 4 * tiles <= sms or sms < tiles <= 2 * sms
     return RingConfig(64, 0, 2 if M <= 16 and shared else 1, min(split_k, steps))
 
