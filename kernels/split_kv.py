@@ -26,7 +26,7 @@ import triton.language as tl
 
 from triton_only_backend.kernels.attention_tiles import LN2, LOG2E
 from triton_only_backend.kernels.dependent_launch import prefetch_to_l2
-from triton_only_backend.kernels.flash_attention import attend_blocks
+from triton_only_backend.kernels.online_softmax import attend_blocks
 
 
 @triton.jit

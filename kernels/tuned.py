@@ -39,10 +39,11 @@ SOURCES = {
         "gemv", "split_k", "epilogue", "eights", "dependent_launch", "realign",
     ),
     "flash_attention": (
-        "flash_attention", "attention_tiles", "mask_spans", "eights", "dependent_launch",
+        "flash_attention", "online_softmax", "attention_tiles", "mask_spans", "eights",
+        "dependent_launch",
     ),
     "decode_attention": (
-        "decode_attention", "split_kv", "flash_attention", "attention_tiles", "mask_spans",
+        "decode_attention", "split_kv", "online_softmax", "attention_tiles", "mask_spans",
         "eights", "dependent_launch",
     ),
 }  # fmt: skip

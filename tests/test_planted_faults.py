@@ -216,38 +216,38 @@ def test_attention_is_accurate(is_causal, device, small_tiles):
 
 # Where what a file defines is called from, and its name there.
 CALLED = {
-    "flash_attention": ("sdpa", "flash_attention"),
+    "online_softmax": ("flash_attention", "attend_blocks"),
     "flash_attention_backward": ("sdpa", "flash_attention_backward"),
     "key_value_gradient": ("flash_attention_backward", "key_value_gradient_kernel"),
     "query_gradient": ("flash_attention_backward", "query_gradient_kernel"),
 }
 ATTENTION_FAULTS = {
     "causal, the diagonal hidden": (
-        "flash_attention",
+        "online_softmax",
         "hidden = offs_n[None, :] > row_position[:, None]",
         "hidden = offs_n[None, :] >= row_position[:, None]",
         {"is_causal": True},
     ),
     "causal, one key too many": (
-        "flash_attention",
+        "online_softmax",
         "hidden = offs_n[None, :] > row_position[:, None]",
         "hidden = offs_n[None, :] > row_position[:, None] + 1",
         {"is_causal": True},
     ),
     "keys past the end are seen": (
-        "flash_attention",
+        "online_softmax",
         "if CHECK and not EVEN_N:",
         "if CHECK and EVEN_N:",
         {"is_causal": False},
     ),
     "the sum is not rescaled": (
-        "flash_attention",
+        "online_softmax",
         "        acc *= alpha[:, None]\n",
         "",
         {"is_causal": False},
     ),
     "the mask's rows and columns swapped": (
-        "flash_attention",
+        "online_softmax",
         "mask_rows[:, None] + offs_n.to(tl.int64)[None, :] * stride_mask_n",
         "mask_rows[:, None] + offs_n.to(tl.int64)[None, :] * (stride_mask_n + 1)",
         {"is_causal": False, "mask": True},
