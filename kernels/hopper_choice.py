@@ -169,16 +169,11 @@ _SKINNY_TILES = {
 _FULL_ENOUGH = 0.85
 
 
-def fills_in_tiles(rows: int, hardware: Hardware) -> bool:
-    """Whether a weight has rows enough to fill the GPU with tiles of 64 of them."""
-    return math.ceil(rows / 64) >= hardware.num_sms // 3
-
-
 def _hopper_skinny(problem: GemmProblem, hardware: Hardware, *, swap: bool) -> GemmConfig | None:
     """The problem comes with its long side, the weight's rows, as M; N ≤ 32."""
     block_n = max(next_power_of_2(problem.N), 16)
-    if not fills_in_tiles(problem.M, hardware):
-        return None  # Split-K of the pointer kernel is faster.
+    if math.ceil(problem.M / 64) < hardware.num_sms // 3:
+        return None  # Too few tiles of 64 rows: split-K of the pointer kernel is faster.
 
     def fullness(block_m: int) -> float:
         return fullness_of_waves(math.ceil(problem.M / block_m), hardware.num_sms)

@@ -24,11 +24,7 @@ from triton_only_backend.kernels.stream_k import (
     take_piece,
 )
 from triton_only_backend.kernels.tma_ring import advance, load_tile, slot_before, store_tile
-from triton_only_backend.kernels.wide_mma import (
-    columns_of_box,
-    multiply_pieces,
-    wait_for_pieces,
-)
+from triton_only_backend.kernels.wide_mma import columns_of_box, multiply_pieces, wait_for_pieces
 
 
 @gluon.constexpr_function
@@ -59,9 +55,7 @@ def copy_box(desc, matrix, row, k, arrived, buffer, K_MAJOR: gl.constexpr):
 
 
 @gluon.jit
-def expect_step(
-    full, slot, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr
-):  # fmt: skip
+def expect_step(full, slot, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr):
     """Says how much is to arrive in a slot."""
     mbarrier.expect(full.index(slot), (BLOCK_M + BLOCK_N) * BLOCK_K * 2)
 

@@ -194,7 +194,8 @@ def ring_linear(
     programs = min(tiles * config.split_k, device.num_sms * config.resident)
     counters = workspace = None
     # Shares are reckoned with 32 bits.
-    if config.split_k > 1 and tiles % programs > 0 and tiles * K // config.step < 1 << 22:
+    steps = tiles * triton.cdiv(K, config.step)
+    if config.split_k > 1 and tiles % programs > 0 and steps < 1 << 22:
         counters = arrival_counters(tiles, a.device)
     if counters is None:
         programs = min(tiles, programs)
